@@ -108,7 +108,8 @@ class FixedETFHead(Head):
         self.global_mean = RunningGlobalMean(d)
 
     def train_logits(self, x, y):
-        z = F.linear(x - self.global_mean(x), self.weight.to(x.dtype))
+        W = self.weight.to(x.dtype)
+        z = F.linear(x, W, -W @ self.global_mean(x))
         with torch.no_grad(): self.bias.copy_(-self.weight @ self.global_mean.h_G)
         return z
 
@@ -150,7 +151,7 @@ class NearestETFHead(Head):
         if not self.ddn_grad: U = U.detach()
         W = simplex_etf(self.C, U=U).mT
         self._store(U.detach(), W.detach())
-        return F.linear(x - h_G, W)
+        return F.linear(x, W, -W @ h_G)
 
     @torch.no_grad()
     def _store(self, U, W):

@@ -50,39 +50,38 @@ def check_batch(
 
 # %% ../nbs/02_means.ipynb #c010
 class ValueCheck:
-    "Finite features and labels in 0..C-1: refused at once on a CPU, one step later (and without a stall) on a GPU."
-    def __init__(self, C:int): self.C, self.pending, self.event = C, None, None
+    "Conditions on values: refused at once on a CPU, one step later (and without a stall) on a GPU."
+    def __init__(self): self.pending = []
 
-    def __call__(self, h:Tensor, y:Tensor)->Tensor:
-        "Check one batch; returns the labels, safe to index with."
-        self.raise_late()
-        finite = h.detach().isfinite().all()
-        inside = ((y >= 0) & (y < self.C)).all() if y.ndim == 1 else (y.isfinite() & (y >= 0)).all()
-        flags = torch.stack([finite, inside])
-        if h.device.type != "cuda":
-            self.explain(*flags.tolist(), y)
-            return y
-        self.pending = torch.empty(2, dtype=torch.bool, pin_memory=True).copy_(flags, non_blocking=True)
-        self.event = torch.cuda.Event(); self.event.record()
-        return y.clamp(0, self.C-1) if y.ndim == 1 else y
+    def __call__(self, ok:Tensor, message:str):
+        "Raise `ValueError(message)` unless `ok`, a scalar bool tensor."
+        if ok.device.type != "cuda":
+            if not ok: raise ValueError(message)
+            return
+        flag = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(ok, non_blocking=True)
+        event = torch.cuda.Event(); event.record()
+        self.pending.append((flag, event, message))
 
     def raise_late(self, wait:bool=False):
-        "Raise what an earlier batch did wrong, if its flags have arrived (or wait for them)."
-        if self.pending is None or not (wait or self.event is None or self.event.query()): return
-        if wait and self.event is not None: self.event.synchronize()
-        flags, self.pending, self.event = self.pending.tolist(), None, None
-        self.explain(*flags, None)
+        "Raise what an earlier batch did wrong, as far as its flags have arrived (or wait for them)."
+        while self.pending and (wait or self.pending[0][1].query()):
+            flag, event, message = self.pending.pop(0)
+            if wait: event.synchronize()
+            if not flag: raise ValueError(f"in an earlier batch, {message}")
 
-    def explain(self, finite:bool, inside:bool, y:Tensor=None):
-        when = "" if y is not None else " in an earlier batch"
-        if not finite: raise ValueError(f"features have non-finite entries{when}: NaN or infinity came out of the body")
-        if inside: return
-        found = f", got {y.min().item()} to {y.max().item()}" if y is not None else when
-        if y is not None and y.ndim == 2: raise ValueError("soft labels must be finite and not negative")
-        raise ValueError(f"labels must lie in 0..{self.C-1}{found}")
+    def labels(self, y:Tensor, C:int)->Tensor:
+        "Labels in 0..C-1 (soft ones finite and not negative), safe to index with."
+        if y.ndim == 2: self((y >= 0).all() & y.isfinite().all(), "soft labels must be finite and not negative")
+        else:
+            found = f", got {y.min().item()} to {y.max().item()}" if y.device.type != "cuda" else ""
+            self(((y >= 0) & (y < C)).all(), f"labels must lie in 0..{C-1}{found}")
+        return y.clamp(0, C-1) if y.ndim == 1 and y.device.type == "cuda" else y
 
-    def __getstate__(self): return {"C": self.C, "pending": None, "event": None}
-    def __setstate__(self, state): self.__dict__.update(state)
+    def finite(self, sums:Tensor):
+        "Features whose class sums are finite are finite."
+        self(sums.detach().isfinite().all(), "features have non-finite entries: NaN or infinity came out of the body")
+
+    def __getstate__(self): return {"pending": []}
 
 # %% ../nbs/02_means.ipynb #c013
 def _centre(sums, counts):
@@ -98,7 +97,9 @@ def centred_means(
 )->tuple:     # H_bar (d, C), h_G (d,), counts (C,)
     "The centred class means $\\bar H$ of Eqs. 4-5, the global mean, the counts; a zero column where a class is absent."
     check_batch(h, y, C)
-    sums, counts = class_sums(h, ValueCheck(C)(h, y), C)
+    check = ValueCheck()
+    sums, counts = class_sums(h, check.labels(y, C), C)
+    check.finite(sums)
     return *_centre(sums, counts), counts
 
 # %% ../nbs/02_means.ipynb #c016
@@ -149,7 +150,7 @@ class RunningMeans(nn.Module):
         if alpha not in ("paper", "cumulative") and not (isinstance(alpha, (int, float)) and 0 < alpha <= 1):
             raise ValueError(f"alpha must be 'paper', 'cumulative' or a constant in (0, 1], got {alpha!r}")
         self.d, self.C, self.alpha = d, C, alpha
-        self.check = ValueCheck(C) if validate else None
+        self.check = ValueCheck() if validate else None
         self.global_mean = RunningGlobalMean(d)
         self.register_buffer("H_bar", torch.zeros(d, C))
         self.register_buffer("seen", torch.zeros(C))
@@ -162,8 +163,9 @@ class RunningMeans(nn.Module):
         "One step in training; in evaluation the stored means, and nothing changes."
         if not self.training: return _unit(self.H_bar), self.global_mean.h_G
         check_batch(h, y, self.C, self.d)
-        if self.check is not None: y = self.check(h, y)
+        if self.check is not None: self.check.raise_late(); y = self.check.labels(y, self.C)
         sums, counts = class_sums(h, y, self.C)
+        if self.check is not None: self.check.finite(sums)
         batch, h_G = _centre(sums, counts)
         a = smoothing(self.t + 1, self.alpha).to(h.dtype)
         old = self.H_bar.to(h.dtype, copy=True)
