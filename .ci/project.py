@@ -77,7 +77,7 @@ def check_page(out, s, name):
     if re.search(r'<span class="math [^"]*">(?!\s*<math)', s): raise Problem(f"{name}: an equation was left as TeX")
     if m := re.search(r'<(?:script|img|link|iframe)\b[^>]*\b(?:src|href)="(?:https?:)?//[^"]*"', s): raise Problem(f"{name}: loads from the network: {m[0]}")
     text = re.sub(r"<(head|script|style|pre|code|math)\b.*?</\1>", "", s, flags=re.S)
-    if m := re.search(r"\$[^$<>\n]{0,80}\\[a-zA-Z]+|\\(?:frac|mathbf|lVert|tilde|bar|top)\b", text): raise Problem(f"{name}: TeX outside an equation: {m[0]!r}")
+    if m := re.search(r"\$[^$<>\n]{0,80}\\[a-zA-Z]+|\\(?:frac|mathbf|lVert|tilde|bar|top)\b", text): raise Problem(f"{name}: TeX outside an equation (in a heading write Unicode): {m[0]!r}")
     for link, anchor in set(re.findall(r'\b(?:href|src)="([^"#?:]*)(?:#([^"?]*))?"', s)):
         f = out/(link or name)
         if not f.exists(): raise Problem(f"{name}: broken link {link}")
