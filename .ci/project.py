@@ -87,7 +87,7 @@ def check_page(out, s, name):
 
 def docs(root=ROOT):
     "Build the site into `_docs`: with Quarto where it is installed, else with smalldocs."
-    import ziamath
+    import ziamath  # for its font alone, so that equations look the same on every system
     from nbdev.config import get_config
     from nbdev.serve import proc_nbs
     pages, proc, out = check_listed(root), root/"_proc", root/"_docs"
@@ -147,4 +147,4 @@ if __name__ == "__main__":
     a = p.parse_args()
     os.chdir(ROOT)  # nbdev finds settings.ini from here
     try: docs() if a.what == "docs" else readme(check=a.check)
-    except (Problem, subprocess.CalledProcessError) as e: sys.exit(f"{a.what}: {e}")
+    except (Problem, OSError, subprocess.CalledProcessError) as e: sys.exit(f"{a.what}: {e}")
