@@ -146,8 +146,8 @@ class NearestETFHead(Head):
         first = self._first_step()
         H, h_G = self.means(x, y)
         U_prox = self.U_prox.to(H)
-        if first: U_prox = nearest_etf(H.detach().double(), U_prox.double(), 1e-8).to(H)  # problem (6), as a limit of (7)
-        U = nearest_etf(H, U_prox, self.delta, self.solver)
+        if first: U_prox = nearest_etf(H.detach(), solver=self.solver, start=U_prox, validate=False)  # problem (6)
+        U = nearest_etf(H, U_prox, self.delta, self.solver, validate=False)
         if not self.ddn_grad: U = U.detach()
         W = simplex_etf(self.C, U=U).mT
         self._store(U.detach(), W.detach())

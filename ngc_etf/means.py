@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 # %% ../nbs/02_means.ipynb #c005
-def _all_sum(t:Tensor)->Tensor:
-    "Sum over the processes, with gradient; the tensor itself where there is one process."
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1: return all_reduce(t)
-    return t
+def _all_sum(sums:Tensor, counts:Tensor)->tuple:
+    "Both summed over the processes in one all-reduce, with gradient; themselves where there is one process."
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1): return sums, counts
+    both = all_reduce(torch.cat([sums, counts[..., None]], -1))
+    return both[..., :-1], both[..., -1]
 
 def class_sums(
     h:Tensor, # (N, d) features
@@ -27,8 +28,7 @@ def class_sums(
     else:
         sums = h.new_zeros(C, h.shape[1]).index_add(0, y, h)
         counts = h.new_zeros(C).index_add(0, y, h.new_ones(len(y)))
-    both = _all_sum(torch.cat([sums, counts[:, None]], 1))
-    return both[:, :-1], both[:, -1]
+    return _all_sum(sums, counts)
 
 # %% ../nbs/02_means.ipynb #c008
 def check_batch(
@@ -73,22 +73,23 @@ class ValueCheck:
         "Labels in 0..C-1 (soft ones finite and not negative), safe to index with."
         if y.ndim == 2: self((y >= 0).all() & y.isfinite().all(), "soft labels must be finite and not negative")
         else:
-            found = f", got {y.min().item()} to {y.max().item()}" if y.device.type != "cuda" else ""
-            self(((y >= 0) & (y < C)).all(), f"labels must lie in 0..{C-1}{found}")
+            lo, hi = y.aminmax()
+            found = f", got {lo} to {hi}" if y.device.type != "cuda" else ""
+            self((lo >= 0) & (hi < C), f"labels must lie in 0..{C-1}{found}")
         return y.clamp(0, C-1) if y.ndim == 1 and y.device.type == "cuda" else y
 
     def finite(self, sums:Tensor):
         "Features whose class sums are finite are finite."
-        self(sums.detach().isfinite().all(), "features have non-finite entries: NaN or infinity came out of the body")
+        self(sums.detach().sum().isfinite(), "features have non-finite entries: NaN or infinity came out of the body")
 
     def __getstate__(self): return {"pending": []}
 
 # %% ../nbs/02_means.ipynb #c013
 def _centre(sums, counts):
-    "Eqs. 4 and 5 from sums and counts."
-    h_G = sums.sum(0) / counts.sum()
-    H_bar = sums / counts.clamp(min=torch.finfo(counts.dtype).tiny)[:, None] - h_G
-    return torch.where((counts > 0)[:, None], H_bar, torch.zeros_like(H_bar)).mT, h_G
+    "Eqs. 4 and 5 from sums and counts; an absent class gets the global mean, so a zero column."
+    h_G, absent = sums.sum(0) / counts.sum(), counts == 0
+    means = sums / (counts + absent)[:, None]
+    return (means - h_G * (~absent)[:, None]).mT, h_G
 
 def centred_means(
     h:Tensor, # (N, d) features
@@ -132,8 +133,8 @@ class RunningGlobalMean(nn.Module):
         self.h_G.lerp_(h_G.to(self.h_G.dtype), (1/self.t).clamp(min=self.momentum).to(self.h_G.dtype))
 
     def forward(self, h:Tensor)->Tensor: # (N, d) -> (d,)
-        both = _all_sum(torch.cat([h.sum(0), h.new_full((1,), len(h))]))
-        h_G = both[:-1] / both[-1]
+        total, n = _all_sum(h.sum(0), h.new_tensor(len(h)))
+        h_G = total / n
         if self.training: self.update(h_G.detach())
         return h_G
 
@@ -169,8 +170,8 @@ class RunningMeans(nn.Module):
         batch, h_G = _centre(sums, counts)
         a = smoothing(self.t + 1, self.alpha).to(h.dtype)
         old = self.H_bar.to(h.dtype, copy=True)
-        weight = torch.where(counts > 0, torch.where(self.seen > 0, a, torch.ones_like(counts)), torch.zeros_like(counts))
-        H_bar = weight * batch + (1 - weight) * old
+        weight = torch.where(self.seen > 0, a, 1.) * (counts > 0)
+        H_bar = torch.lerp(old, batch, weight.to(h.dtype))
         with torch.no_grad():
             self.t += 1
             self.H_bar.copy_(H_bar); self.seen += counts
