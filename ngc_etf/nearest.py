@@ -135,15 +135,19 @@ def _matmuls():
     return [b.matmul for b in backends if hasattr(getattr(b, "matmul", None), "fp32_precision")]
 
 @contextmanager
-def _exact(device):
-    "Products in full precision: no autocast, no TF32 or bfloat16 inside float32."
+def _exact(P):
+    "Full precision around work on P (no autocast, no TF32 or bfloat16 inside float32), and one thread if it is small."
+    device, threads = P.device, torch.get_num_threads()
+    small = threads > 1 and device.type == "cpu" and P.numel() * P.shape[1] < 1e6
     old = [(m, m.fp32_precision) for m in _matmuls() if m.fp32_precision not in ("none", "ieee")]
     legacy = not _matmuls() and torch.get_float32_matmul_precision()
     try:
+        if small: torch.set_num_threads(1)
         for m, _ in old: m.fp32_precision = "ieee"
         if legacy: torch.set_float32_matmul_precision("highest")
         with torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext(): yield
     finally:
+        if small: torch.set_num_threads(threads)
         for m, p in old: m.fp32_precision = p
         if legacy: torch.set_float32_matmul_precision(legacy)
 
@@ -210,7 +214,7 @@ class _Polar(torch.autograd.Function):
     "The polar factor of P (d, C) as found by solve(P), with the exact adjoint of chapter 04."
     @staticmethod
     def forward(ctx, P, solve):
-        with _exact(P.device): U, s, V = solve(P)
+        with _exact(P): U, s, V = solve(P)
         ctx.save_for_backward(U, *((P,) if s is None else (s, V)))
         return U
 
@@ -218,7 +222,7 @@ class _Polar(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, v):
         U, *rest = ctx.saved_tensors
-        with _exact(U.device):
+        with _exact(U):
             if len(rest) == 2: return polar_vjp(U, *rest, v), None
             S = U.mT @ rest[0]
             S = (S + S.mT) / 2
