@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOLVERS', 'etf_problem', 'trust_region', 'procrustes_target', 'polar_vjp', 'polar', 'nearest_etf']
 
-# %% ../nbs/03_nearest.ipynb #c002
+# %% ../nbs/03_nearest.ipynb #c003
 from collections import deque
 from contextlib import contextmanager, nullcontext
 import warnings
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from .simplex import canonical_direction, check_classes
 
-# %% ../nbs/03_nearest.ipynb #c005
+# %% ../nbs/03_nearest.ipynb #c007
 def etf_problem(
     H:np.ndarray,           # (d, C) normalised centred class means H̃
     U_prox:np.ndarray=None, # (d, C) proximal direction; None for problem (6)
@@ -39,7 +39,7 @@ def etf_problem(
     def hessian(U, V): return 2*M̃(M̃(V)) + delta*V
     return pymanopt.Problem(manifold, cost, euclidean_gradient=gradient, euclidean_hessian=hessian)
 
-# %% ../nbs/03_nearest.ipynb #c011
+# %% ../nbs/03_nearest.ipynb #c013
 def trust_region(
     H:Tensor,              # (d, C) normalised centred class means H̃
     U_prox:Tensor=None,    # (d, C) proximal direction; None for problem (6)
@@ -55,7 +55,7 @@ def trust_region(
     point = optimiser.run(etf_problem(host(H), host(U_prox), delta), initial_point=host(start)).point
     return torch.as_tensor(point).to(H)
 
-# %% ../nbs/03_nearest.ipynb #c017
+# %% ../nbs/03_nearest.ipynb #c019
 def procrustes_target(
     H:Tensor,           # (d, C) normalised centred class means H̃
     U_prox:Tensor=None, # (d, C) proximal direction; None for problem (6)
@@ -66,7 +66,7 @@ def procrustes_target(
     P = (H - H.mean(1, keepdim=True)) * (2 / (C-1)**0.5)
     return P if U_prox is None else P + delta * U_prox.detach()
 
-# %% ../nbs/03_nearest.ipynb #c020
+# %% ../nbs/03_nearest.ipynb #c022
 def _svd(P):
     Q, s, Vh = torch.linalg.svd(P, full_matrices=False)
     return Q @ Vh, s, Vh.mT
@@ -75,7 +75,7 @@ def _linalg_polar(P):
     if not hasattr(torch.linalg, "polar"): raise RuntimeError("torch.linalg.polar needs torch 2.15")
     return torch.linalg.polar(P)[0], None, None
 
-# %% ../nbs/03_nearest.ipynb #c022
+# %% ../nbs/03_nearest.ipynb #c024
 def _gram(P):
     G = P.double()
     w, V = torch.linalg.eigh(G.mT @ G)
@@ -85,7 +85,7 @@ def _gram(P):
     if P.dtype == torch.float64: U = U @ (1.5*torch.eye(len(w)).to(U) - .5*(U.mT @ U))
     return U, s.to(P.dtype), V.to(P.dtype)
 
-# %% ../nbs/03_nearest.ipynb #c024
+# %% ../nbs/03_nearest.ipynb #c026
 def _scales(kappa, low=.2):
     "The scales ρ that bring singular values in [1/kappa, 1] to 1."
     l, out = 1/kappa, []
@@ -95,7 +95,7 @@ def _scales(kappa, low=.2):
         l = min(p(l), p(1.)); out.append(rho)
     return out + [1., 1.]
 
-# %% ../nbs/03_nearest.ipynb #c026
+# %% ../nbs/03_nearest.ipynb #c028
 _KAPPA = {torch.float32: 1e6, torch.float64: 1e10}
 
 def _newton_schulz(P):
@@ -114,7 +114,7 @@ def _deferred(P):
     "Whether reading a number of P's device would stall it."
     return P.is_cuda
 
-# %% ../nbs/03_nearest.ipynb #c030
+# %% ../nbs/03_nearest.ipynb #c032
 def _negligible(s, d):
     "The singular value below which a direction of a (d, C) matrix is rounding."
     return s.max() * 10 * torch.finfo(s.dtype).eps * d**.5
@@ -129,7 +129,7 @@ def _complete(P, start):
     s[r:] = 0
     return tuple(X.to(P.dtype) for X in (seen @ Vh[:r] + W @ V0.mT, s, Vh.mT))
 
-# %% ../nbs/03_nearest.ipynb #c032
+# %% ../nbs/03_nearest.ipynb #c034
 def _matmuls():
     backends = (torch.backends.cuda, torch.backends.mkldnn)
     return [b.matmul for b in backends if hasattr(getattr(b, "matmul", None), "fp32_precision")]
@@ -151,7 +151,7 @@ def _exact(P):
         for m, p in old: m.fp32_precision = p
         if legacy: torch.set_float32_matmul_precision(legacy)
 
-# %% ../nbs/03_nearest.ipynb #c034
+# %% ../nbs/03_nearest.ipynb #c036
 _SOLVE = {"svd": _svd, "gram": _gram, "newton_schulz": _newton_schulz, "polar": _linalg_polar}
 SOLVERS = ("auto", *_SOLVE, "trust_region")
 _AUTO = {"cpu": "gram", "cuda": "newton_schulz"}  # by device; `ngc_cost solver` measures it
@@ -173,7 +173,7 @@ def _solve(P, solver="auto"):
         _warn_once(name, f"solver {name!r} failed on a {tuple(P.shape)} problem ({reason}); trying the next")
     raise RuntimeError(f"no solver could find the polar factor of a {tuple(P.shape)} matrix: are its entries finite?")
 
-# %% ../nbs/03_nearest.ipynb #c036
+# %% ../nbs/03_nearest.ipynb #c038
 def _inverse(x, null):
     return torch.where(x > null, 1 / x, 0.)
 
@@ -189,7 +189,7 @@ def polar_vjp(
     S_inv = (V * _inverse(s, null)) @ V.mT
     return v @ S_inv + U @ (Y - Utv @ S_inv)
 
-# %% ../nbs/03_nearest.ipynb #c038
+# %% ../nbs/03_nearest.ipynb #c040
 def _cholesky_inverse(S):
     eye = torch.eye(len(S), dtype=S.dtype, device=S.device)
     return torch.cholesky_solve(eye, torch.linalg.cholesky_ex(S)[0])
@@ -209,7 +209,7 @@ def _polar_vjp_products(
     for _ in range(12): Y, A = Y + A @ Y @ A, A @ A
     return v @ S_inv + U @ (Y - Utv @ S_inv)
 
-# %% ../nbs/03_nearest.ipynb #c040
+# %% ../nbs/03_nearest.ipynb #c042
 class _Polar(torch.autograd.Function):
     "The polar factor of P (d, C) as found by solve(P), with the exact adjoint of chapter 04."
     @staticmethod
@@ -230,7 +230,7 @@ class _Polar(torch.autograd.Function):
             s, V = torch.linalg.eigh(S)
             return polar_vjp(U, s.clamp(min=0), V, v), None
 
-# %% ../nbs/03_nearest.ipynb #c041
+# %% ../nbs/03_nearest.ipynb #c043
 def _computable(X):
     "X in float32, or float64 if it is that already."
     return X.to(torch.promote_types(X.dtype, torch.float32))
@@ -244,7 +244,7 @@ def polar(
     if solver not in (*_SOLVE, "auto"): raise ValueError(f"solver must be one of auto, {', '.join(_SOLVE)}, got {solver!r}")
     return _Polar.apply(_computable(P), lambda P: _solve(P, solver))
 
-# %% ../nbs/03_nearest.ipynb #c043
+# %% ../nbs/03_nearest.ipynb #c045
 class _Flags:
     "Verdicts (bad input, bad result) computed on a device, and read when they have arrived."
     def __init__(self): self.queue = deque()
@@ -266,7 +266,7 @@ class _Flags:
 
 _flags = _Flags()
 
-# %% ../nbs/03_nearest.ipynb #c044
+# %% ../nbs/03_nearest.ipynb #c046
 def _check(H, U_prox, delta, solver, start):
     "What the host can know without asking the device."
     if H.ndim != 2: raise ValueError(f"H must be (d, C), got shape {tuple(H.shape)}")
@@ -284,7 +284,7 @@ def _check_finite(H, U_prox, start):
         if X is not None and not X.isfinite().all():
             raise ValueError(f"{name} has {(~X.isfinite()).sum()} non-finite entries of {X.numel()}; every entry must be finite")
 
-# %% ../nbs/03_nearest.ipynb #c046
+# %% ../nbs/03_nearest.ipynb #c048
 def nearest_etf(
     H:Tensor,           # (d, C) normalised centred class means H̃, used as given
     U_prox:Tensor=None, # (d, C) proximal direction of Eq. 7; None solves Eq. 6
