@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -216,30 +217,46 @@ def rotated(
     return F.grid_sample(x.float(), grid, mode="nearest", align_corners=False).to(x.dtype)
 
 # %% ../nbs/08_data.ipynb #c026
+class _PerImage(torch.utils.data.Dataset):
+    "Random pictures through torchvision's per-image transforms, as its own CIFAR10 does it."
+    def __init__(self, x):
+        self.x = x.permute(0, 2, 3, 1).contiguous().numpy()
+        self.tfms = T.Compose([T.RandomCrop(x.shape[-1], padding=4), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize((.5,)*3, (.2,)*3)])
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i): return self.tfms(Image.fromarray(self.x[i]))
+
+def _rate(
+    batches,        # iterator of batches
+    seconds:float,  # for about this long
+)->float:           # images a second
+    "How fast batches come: the best of four windows, after two batches to warm up; other work on the machine can only slow them."
+    next(batches), next(batches)
+    rates = []
+    for _ in range(4):
+        start, done = time.perf_counter(), 0
+        while (spent := time.perf_counter() - start) < seconds/4: done += len(next(batches))
+        rates.append(done / spent)
+    return max(rates)
+
 def augment_rates(
     size:int=32,       # pixels on a side
     batch:int=256,     # images in a batch
     seconds:float=1.,  # measure each for about this long
-    cores:int=2,       # cores both may use
+    cores:int=2,       # worker processes of the one, threads of the other; 0: no workers
     device="cpu",      # of the batched pipeline
 )->dict:               # images a second of each, and their ratio
     "Images a second of `Augment`, fetching included, and of torchvision's per-image transforms (flip, crop, normalise)."
-    x = torch.randint(256, (4096, 3, size, size), dtype=torch.uint8, device=device)
-    pics = [T.ToPILImage()(p) for p in x[:256].cpu()]
-    per_image = T.Compose([T.RandomCrop(size, padding=4), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize((.5,)*3, (.2,)*3)])
-    batched, g = Augment((.5,)*3, (.2,)*3, pad=4, flip=True), torch.Generator()
-    def one_batch(): batched(x[torch.randint(4096, (batch,), device=x.device)], g); return batch
-    def some_images():
-        for p in pics: per_image(p)
-        return len(pics)
-    threads, rates = torch.get_num_threads(), {}
+    x, g = torch.randint(256, (4096, 3, size, size), dtype=torch.uint8), torch.Generator()
+    home, aug, threads = x.to(device), Augment((.5,)*3, (.2,)*3, pad=4, flip=True), torch.get_num_threads()
+    def batched():
+        while True:
+            out = aug(home[torch.randint(4096, (batch,), device=home.device)], g)
+            if out.is_cuda: torch.cuda.synchronize()
+            yield out
+    per_image = torch.utils.data.DataLoader(_PerImage(x), batch, num_workers=cores, shuffle=True, drop_last=True, persistent_workers=cores > 0)
     try:
-        for name, n, f in (("torchvision", 1, some_images), ("batched", cores, one_batch)):
-            torch.set_num_threads(n)
-            f(); start, done = time.perf_counter(), 0
-            while time.perf_counter() - start < seconds: done += f()
-            if x.is_cuda: torch.cuda.synchronize()
-            rates[name] = done / (time.perf_counter() - start) * (cores if name == "torchvision" else 1)
+        torch.set_num_threads(max(cores, 1))
+        rates = {"batched": _rate(batched(), seconds), "torchvision": _rate(itertools.chain.from_iterable(itertools.repeat(per_image)), seconds)}
     finally: torch.set_num_threads(threads)
     return rates | {"ratio": rates["batched"] / rates["torchvision"]}
 
