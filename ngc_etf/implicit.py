@@ -51,16 +51,16 @@ def elimination_matrix(
 # %% ../nbs/04_implicit.ipynb #c016
 def objective(H, U, U_prox, delta):
     "Problem (7)'s cost."
-    return ((H - U @ standard_etf(H.shape[1]).to(H))**2).sum() + delta/2 * ((U - U_prox)**2).sum()
+    return ((H - U @ standard_etf(H.shape[1], H.dtype, H.device))**2).sum() + delta/2 * ((U - U_prox)**2).sum()
 
 def objective_gradient(H, U, U_prox, delta):
     "D_U f (d, C): Eq. 32, first line."
-    M̃ = standard_etf(H.shape[1]).to(H)
+    M̃ = standard_etf(H.shape[1], H.dtype, H.device)
     return 2*U @ M̃ @ M̃ - 2*H @ M̃ + delta * (U - U_prox)
 
 def hessian_block(H, delta):
     "The C x C block of D²_UU f = I_d ⊗ block: Eq. 32, second line."
-    M̃ = standard_etf(H.shape[1]).to(H)
+    M̃ = standard_etf(H.shape[1], H.dtype, H.device)
     return 2*M̃ @ M̃ + delta * torch.eye(H.shape[1]).to(H)
 
 # %% ../nbs/04_implicit.ipynb #c019
@@ -131,7 +131,7 @@ def ddn_jacobian(
     block = sigma(H, U, U_prox, delta) if via == "sigma" else contract(lagrange_multipliers(H, U, U_prox, delta), C)
     I_d = torch.eye(d).to(H)
     G = torch.kron(I_d, hessian_block(H, delta) - block)
-    B = torch.kron(I_d, -2*standard_etf(C).to(H))
+    B = torch.kron(I_d, -2*standard_etf(C, H.dtype, H.device))
     A = constraint_jacobian(U)
     GA, GB = torch.linalg.solve(G, A.mT), torch.linalg.solve(G, B)
     return GA @ torch.linalg.solve(A @ GA, A @ GB) - GB
@@ -152,7 +152,7 @@ def vjp_dense_constraints(
     w, K = v @ S_inv, A.new_zeros(len(A), len(A))
     for i in range(d): K.addmm_(A[:, i*C:(i+1)*C] @ S_inv, A[:, i*C:(i+1)*C].mT)
     mu = torch.linalg.solve(K, A @ rvec(w))
-    return 2 * (w - (mu @ A).reshape(d, C) @ S_inv) @ standard_etf(C).to(H)
+    return 2 * (w - (mu @ A).reshape(d, C) @ S_inv) @ standard_etf(C, H.dtype, H.device)
 
 # %% ../nbs/04_implicit.ipynb #c040
 def vjp_one_cholesky(H, U, U_prox, delta, v):
@@ -166,7 +166,7 @@ def vjp_one_cholesky(H, U, U_prox, delta, v):
     K = (T @ S_inv + S_inv @ T)[:, i, j].mT
     Uw = U.mT @ w
     mu = torch.linalg.solve(K, rvech(Uw + Uw.mT))
-    return 2 * (w - U @ contract(mu, C) @ S_inv) @ standard_etf(C).to(H)
+    return 2 * (w - U @ contract(mu, C) @ S_inv) @ standard_etf(C, H.dtype, H.device)
 
 # %% ../nbs/04_implicit.ipynb #c042
 def ddn_vjp(
