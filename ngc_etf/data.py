@@ -24,7 +24,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Sampler
-from torchvision import datasets as tvd, transforms as T
+from torchvision import datasets as tvd
+from torchvision import transforms as T
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
 # %% ../nbs/08_data.ipynb #c005
@@ -242,7 +243,7 @@ def augment_rates(
     size:int=32,       # pixels on a side
     batch:int=256,     # images in a batch
     seconds:float=1.,  # measure each for about this long
-    cores:int=2,       # worker processes of the one, threads of the other; 0: no workers
+    cores:int=2,       # worker processes of the one, most threads of the other; 0: no workers
     device="cpu",      # of the batched pipeline
 )->dict:               # images a second of each, and their ratio
     "Images a second of `Augment`, fetching included, and of torchvision's per-image transforms (flip, crop, normalise)."
@@ -254,9 +255,11 @@ def augment_rates(
             if out.is_cuda: torch.cuda.synchronize()
             yield out
     per_image = torch.utils.data.DataLoader(_PerImage(x), batch, num_workers=cores, shuffle=True, drop_last=True, persistent_workers=cores > 0)
+    rates = {"torchvision": _rate(itertools.chain.from_iterable(itertools.repeat(per_image)), seconds), "batched": 0.}
     try:
-        torch.set_num_threads(max(cores, 1))
-        rates = {"batched": _rate(batched(), seconds), "torchvision": _rate(itertools.chain.from_iterable(itertools.repeat(per_image)), seconds)}
+        for n in {1, max(cores, 1)}:
+            torch.set_num_threads(n)
+            rates["batched"] = max(rates["batched"], _rate(batched(), seconds))
     finally: torch.set_num_threads(threads)
     return rates | {"ratio": rates["batched"] / rates["torchvision"]}
 
