@@ -21,19 +21,19 @@ from .simplex import check_classes, haar_direction
 # %% ../nbs/13_cost.ipynb #c006
 def take_turns(
     candidates:dict,  # name -> function of no arguments
-    rounds:int=7,     # calls of each, after one that is not timed
+    rounds:int=7,     # timed calls of each, every one after a call that is not timed
     device:str="cpu", # where they run
 )->dict:              # name -> median seconds
     "Median times of functions called in turn."
     if rounds < 1: raise ValueError(f"rounds must be at least 1, got {rounds}")
     sync = torch.cuda.synchronize if str(device).startswith("cuda") else lambda: None
     seconds = {name: [] for name in candidates}
-    for r in range(rounds + 1):
+    for _ in range(rounds):
         for name, f in candidates.items():
-            sync(); start = time.perf_counter()
-            f()
-            sync()
-            if r: seconds[name].append(time.perf_counter() - start)
+            f(); sync()
+            start = time.perf_counter()
+            f(); sync()
+            seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(t) for name, t in seconds.items()}
 
 # %% ../nbs/13_cost.ipynb #c009

@@ -8,6 +8,7 @@ __all__ = ['SOLVERS', 'etf_problem', 'trust_region', 'procrustes_target', 'polar
 # %% ../nbs/03_nearest.ipynb #c003
 from collections import deque
 from contextlib import contextmanager, nullcontext
+from math import isfinite
 import warnings
 
 import numpy as np
@@ -166,7 +167,7 @@ def _solve(P, solver="auto"):
     for name in dict.fromkeys((first, "gram", "svd", "newton_schulz")):
         try:
             U, s, V = _SOLVE[name](P)
-            if _deferred(P) or U.isfinite().all(): return U, s, V
+            if _deferred(P) or isfinite(U.sum()): return U, s, V
             reason = "non-finite result"
         except torch.OutOfMemoryError: raise
         except RuntimeError as e: reason = str(e)
@@ -279,7 +280,8 @@ def _check(H, U_prox, delta, solver, start):
     if not 0 < delta < float("inf"): raise ValueError(f"delta must be positive and finite, got delta={delta}")
     if solver not in SOLVERS: raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
 
-def _check_finite(H, U_prox, start):
+def _check_finite(P, H, U_prox, start):
+    if isfinite(P.sum()) and (start is None or isfinite(start.sum())): return  # one pass in the usual case
     for name, X in dict(H=H, U_prox=U_prox, start=start).items():
         if X is not None and not X.isfinite().all():
             raise ValueError(f"{name} has {(~X.isfinite()).sum()} non-finite entries of {X.numel()}; every entry must be finite")
@@ -296,13 +298,14 @@ def nearest_etf(
     "The direction U of the simplex ETF nearest to H: problem (7), or (6) when U_prox is None. Raises `ValueError` on bad input."
     _check(H, U_prox, delta, solver, start)
     wait = not _deferred(H)
-    if validate: _check_finite(H, U_prox, start) if wait else _flags.read()
+    if validate and not wait: _flags.read()
     H = _computable(H if U_prox is None else H.to(torch.promote_types(H.dtype, U_prox.dtype)))
     if U_prox is None and start is None: start = canonical_direction(*H.shape, dtype=H.dtype, device=H.device)
     if solver == "trust_region": solve = lambda P: (trust_region(H, U_prox, delta, start), None, None)
     elif U_prox is None: solve = lambda P: _complete(P, start)
     else: solve = lambda P: _solve(P, solver)
     P = procrustes_target(H, U_prox, delta)
+    if validate and wait: _check_finite(P.detach(), H, U_prox, start)
     U = _Polar.apply(P, solve)
     if validate and not wait: _flags.put(P.detach(), U.detach())
     return U
