@@ -12,6 +12,7 @@ import statistics
 import time
 
 import pandas as pd
+from threadpoolctl import threadpool_limits
 import torch
 
 from .implicit import ddn_vjp, vjp_dense_constraints, vjp_one_cholesky
@@ -139,10 +140,12 @@ def cost_main(
         q.add_argument("--quick", action="store_true", help="small sizes only, a few seconds")
         q.add_argument("--device", default="cpu", help="cpu or cuda")
         q.add_argument("--rounds", type=int, default=7, help="timed calls of each candidate")
-        q.add_argument("--threads", type=int, help="CPU threads; torch's own choice when absent")
+        q.add_argument("--threads", type=int, help="CPU threads of torch and NumPy; 1 is the steadiest on a shared machine")
         q.add_argument("--out", help="also write the rows to this CSV file")
     a = p.parse_args(argv)
-    if a.threads: torch.set_num_threads(a.threads)
+    if a.threads:
+        torch.set_num_threads(a.threads)
+        threadpool_limits(a.threads)  # NumPy's, for pymanopt
     rows = pd.DataFrame(COMMANDS[a.command](a.quick, a.device, a.rounds))
     print(rows.to_string(index=False, float_format="{:.3g}".format))
     if a.out: rows.to_csv(a.out, index=False)

@@ -71,6 +71,15 @@ class StandardHead(Head):
         self.project_rows()
         return F.linear(x, self.weight.to(x.dtype))
 
+    def train(self, mode:bool=True):
+        "As in `nn.Module`; whoever looks at the weight between steps or after the last one finds it projected."
+        self.project_rows()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self.project_rows()
+
     def to_linear(self):
         self.project_rows()
         return super().to_linear()
