@@ -83,7 +83,7 @@ def _gram(P):
     if w[0] < w[-1] * (1e-6 if P.dtype == torch.float64 else 1e-9): return _svd(P)
     s = w.sqrt()
     U = P @ ((V / s) @ V.mT).to(P.dtype)
-    if P.dtype == torch.float64: U = U @ (1.5*torch.eye(len(w)).to(U) - .5*(U.mT @ U))
+    if P.dtype == torch.float64 or w[0] < w[-1] * 1e-3: U = U @ (1.5*torch.eye(len(w)).to(U) - .5*(U.mT @ U))
     return U, s.to(P.dtype), V.to(P.dtype)
 
 # %% ../nbs/03_nearest.ipynb #c026
@@ -300,6 +300,7 @@ def nearest_etf(
     wait = not _deferred(H)
     if validate and not wait: _flags.read()
     H = _computable(H if U_prox is None else H.to(torch.promote_types(H.dtype, U_prox.dtype)))
+    if U_prox is not None: U_prox = U_prox.to(H.dtype)
     if U_prox is None and start is None: start = canonical_direction(*H.shape, dtype=H.dtype, device=H.device)
     if solver == "trust_region": solve = lambda P: (trust_region(H, U_prox, delta, start), None, None)
     elif U_prox is None: solve = lambda P: _complete(P, start)
