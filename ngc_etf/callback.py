@@ -101,12 +101,13 @@ from .metrics import NeuralCollapse
 def measure_collapse(
     model:nn.Module, # ends in one of our heads
     head:Head,       # that head
-    dl,              # batches (*x, y)
+    dl,              # a DataLoader of batches (*x, y)
     store:int=2**30, # bytes of features to keep for nc4 and the margins, which are left out beyond that
 )->dict:             # loss, top1 and chapter 06's metrics, as floats
     "One pass over `dl` in evaluation mode, by which the model is left as it was."
     modes, device, caught = [(m, m.training) for m in model.modules()], head.weight.device, []
-    lin, metric, kept, n, loss, hits = head.to_linear(), NeuralCollapse(head.C, head.d).to(device), [], 0, 0., 0.
+    keep = 4 * head.d * len(dl.dataset) <= store
+    lin, metric, kept, n, loss, hits = head.to_linear(), NeuralCollapse(head.C, head.d, scatter=not keep).to(device), [], 0, 0., 0.
     hook = head.register_forward_pre_hook(lambda m, args: caught.append(m.features(args[0]).detach()))
     try:
         model.eval()
@@ -115,10 +116,9 @@ def measure_collapse(
             f = caught.pop()
             metric.update(f, y)
             n, loss, hits = n + len(y), loss + F.cross_entropy(z, y, reduction="sum"), hits + (z.argmax(1) == y).sum()
-            if kept is not None: kept.append((f.float().cpu(), y.cpu()))
-            if kept and n * head.d * 4 > store: kept = None
+            if keep: kept.append((f.float().cpu(), y.cpu()))
         if kept: metric.judge(lin.weight, lin.bias)
-        for f, y in kept or (): metric.update(f.to(device), y.to(device))
+        for f, y in kept: metric.update(f.to(device), y.to(device))
     finally:
         hook.remove()
         for m, mode in modes: m.training = mode

@@ -228,7 +228,7 @@ def _absorb(n, mean, spread, S, h, y):
     ref = torch.where(seen, mean, h.mean(0))  # a large common offset never enters a sum
     new = ref + torch.zeros_like(ref).index_add(0, y, h - ref[y]) / n.clamp(min=1)[:, None]
     a, b = h - torch.where(seen, mean, new)[y], h - new[y]
-    return n, torch.where((n > 0)[:, None], new, 0.), spread.index_add(0, y, (a * b).sum(1)), S + a.mT @ b
+    return n, torch.where((n > 0)[:, None], new, 0.), spread.index_add(0, y, (a * b).sum(1)), S + a.mT @ b if len(S) else S
 
 # %% ../nbs/06_metrics.ipynb #c047
 def _chan(n, mean, spread, S):
@@ -236,7 +236,7 @@ def _chan(n, mean, spread, S):
     N, ref = n.sum(0), mean.mean(0)
     joint = ref + (n[:, :, None] * (mean - ref)).sum(0) / N.clamp(min=1)[:, None]
     D = (mean - joint) * n.sqrt()[:, :, None]
-    return N, torch.where((N > 0)[:, None], joint, 0.), spread.sum(0) + D.square().sum((0, 2)), S.sum(0) + D.flatten(0, 1).mT @ D.flatten(0, 1)
+    return N, torch.where((N > 0)[:, None], joint, 0.), spread.sum(0) + D.square().sum((0, 2)), S.sum(0) + (D.flatten(0, 1).mT @ D.flatten(0, 1) if S.numel() else 0)
 
 # %% ../nbs/06_metrics.ipynb #c050
 def _from_moments(n, means, spread, S, eps):
@@ -244,8 +244,8 @@ def _from_moments(n, means, spread, S, eps):
     H_bar, h_G = _centre(means, n)
     within, size = spread.sum() / n.sum(), (spread.sum() + n @ means.square().sum(1)) / n.sum()
     T = _dual(H_bar, size, eps)
-    out = {"nc1": _no_means(within, size, eps) if T is None else (T * (S @ T)).sum() / n.sum(),
-           "cdnv": _cdnv(means, spread, n), "rank_means": numerical_rank(H_bar)}
+    out = {"nc1": _no_means(within, size, eps)} if T is None else {"nc1": (T * (S @ T)).sum() / n.sum()} if len(S) else {}
+    out |= {"cdnv": _cdnv(means, spread, n), "rank_means": numerical_rank(H_bar)}
     out["cos_means"], out["cos_means_std"] = pair_cosines(H_bar)
     return out, H_bar, h_G
 
@@ -265,6 +265,7 @@ class NeuralCollapse(Metric):
         d:int,               # feature dimension
         dtype=torch.float64, # of the states; float32 for a device that has no float64
         bins:int=0,          # bins of a histogram of the margins over [-2, 2]; none when 0
+        scatter:bool=True,   # keep the d x d scatter; where False, nc1 too comes from the second pass
         validate:bool=True,  # look at every batch's values; False saves a GPU a few synchronisations a batch
         **kwargs,            # as in `torchmetrics.Metric`
     ):
@@ -273,9 +274,9 @@ class NeuralCollapse(Metric):
         if bins < 0: raise ValueError(f"bins must not be negative, got bins={bins}")
         super().__init__(compute_with_cache=False, **kwargs)
         self.C, self.d, self.bins, self.validate, self._rule = C, d, bins, validate, None
-        for name, shape in zip(_MOMENTS, ((C,), (C, d), (C,), (d, d))):
+        for name, shape in zip(_MOMENTS, ((C,), (C, d), (C,), (d*scatter, d*scatter))):
             self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx=None)    # stacked, for `_chan`
-        self.add_state("tally", torch.zeros(3, dtype=dtype), dist_reduce_fx="sum")       # judged, disagreements, sum of margins
+        self.add_state("tally", torch.zeros(4, dtype=dtype), dist_reduce_fx="sum")       # judged, disagreements, sums of margins and of |T'r|²
         self.add_state("margin_min", torch.tensor(2., dtype=dtype), dist_reduce_fx="min")
         self.add_state("margin_hist", torch.zeros(bins, dtype=dtype), dist_reduce_fx="sum")
 
@@ -302,7 +303,7 @@ def _moments(self:NeuralCollapse)->tuple:
     t = [_f64(getattr(self, name)) for name in _MOMENTS]
     t = _chan(*t) if t[0].ndim > 1 else tuple(t)
     if t[0].sum() == 0: raise ValueError("NeuralCollapse needs at least one sample, got none: call update first")
-    if not t[3].isfinite().all(): raise ValueError("h must be finite, but some batch had entries that are not")
+    if not t[2].isfinite().all(): raise ValueError("h must be finite, but some batch had entries that are not")
     return t
 
 @patch
@@ -313,8 +314,8 @@ def _compute(self:NeuralCollapse, W, b)->dict:
     if W is not None:
         W = _matrix(W, "W", self.C, self.d).to(h_G.device)
         out |= _with_classifier(W, W.new_zeros(self.C) if b is None else _matrix(b, "b", self.C).to(h_G.device), H_bar, h_G)
-    n, wrong, margins = _f64(self.tally)
-    if n > 0: out |= {"nc4": wrong / n, "margin": margins / n, "margin_min": _f64(self.margin_min)}
+    n, wrong, margins, within = _f64(self.tally)
+    if n > 0: out = {"nc1": within / n} | out | {"nc4": wrong / n, "margin": margins / n, "margin_min": _f64(self.margin_min)}
     if n > 0 and self.bins: out["margin_hist"] = _f64(self.margin_hist)
     return out
 
@@ -331,11 +332,14 @@ def judge(self:NeuralCollapse,
     b = W.new_zeros(self.C) if b is None else _matrix(b, "b", self.C)
     if (means is None) != (h_G is None): raise ValueError(f"means and h_G must be given together, got only {'h_G' if means is None else 'means'}")
     given, present = means is not None, torch.ones_like(b, dtype=torch.bool)
-    if given: means, h_G = _matrix(means, "means", self.C, self.d), _matrix(h_G, "h_G", self.d)
+    if given:
+        means, h_G = _matrix(means, "means", self.C, self.d), _matrix(h_G, "h_G", self.d)
+        H_bar = (means - h_G).mT
     else:
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync): n, means, *_ = self._moments()
-        h_G, present = _centre(means, n)[1], n > 0
-    self._rule = dict(W=W, b=b, means=means, h_G=h_G, present=present, given=given)
+        (H_bar, h_G), present = _centre(means, n), n > 0
+    T = _dual(H_bar, means.square().sum(1).max(), torch.finfo(self.mean.dtype).eps)
+    self._rule = dict(W=W, b=b, means=means, h_G=h_G, present=present, given=given, T=H_bar[:, :0] if T is None else T)
     for name in ("tally", "margin_min", "margin_hist"): setattr(self, name, self._defaults[name].clone().to(self.mean.device))
 
 @patch
@@ -348,10 +352,10 @@ def margins(self:NeuralCollapse, h:Tensor, y:Tensor)->Tensor: # (N,)
 @patch
 def _judge_batch(self:NeuralCollapse, h, y):
     h = _f64(h)
-    W, b, means, h_G, present = (self._rule[k].to(h.device) for k in ("W", "b", "means", "h_G", "present"))
-    m = _margins(h - h_G, y.to(h.device), W - W.mean(0))
+    y, (W, b, means, h_G, present, T) = y.to(h.device), (self._rule[k].to(h.device) for k in ("W", "b", "means", "h_G", "present", "T"))
+    m, within = _margins(h - h_G, y, W - W.mean(0)), ((h - means[y]) @ T).square().sum()
     wrong = _disagree(h, means, present, W, b).sum().to(m.dtype)
-    self.tally = self.tally + torch.stack([m.new_tensor(len(m)), wrong, m.sum()]).to(self.tally)
+    self.tally = self.tally + torch.stack([m.new_tensor(len(m)), wrong, m.sum(), within]).to(self.tally)
     self.margin_min = torch.minimum(self.margin_min, m.min().to(self.margin_min))
     if self.bins: self.margin_hist = self.margin_hist + torch.histc(m.clamp(-2, 2), self.bins, -2, 2).to(self.margin_hist)
 
