@@ -34,8 +34,7 @@ def kernel_norms(
     g:Tensor,  # (out, in) or (out, in, kh, kw)
 )->Tensor:     # (1, 1) or (1, 1, kh, kw), float32 at least
     "The Frobenius norm over (out, in) at each kernel position."
-    over_out = torch.linalg.vector_norm(g, dim=0, keepdim=True, dtype=torch.promote_types(g.dtype, torch.float32))
-    return torch.linalg.vector_norm(over_out, dim=1, keepdim=True)
+    return g.to(torch.promote_types(g.dtype, torch.float32)).square().sum((0, 1), keepdim=True).sqrt()
 
 @torch.no_grad()
 def agd_step(
