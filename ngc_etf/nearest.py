@@ -102,14 +102,12 @@ _KAPPA = {torch.float32: 1e6, torch.float64: 1e10}
 def _newton_schulz(P):
     X, eye = P / P.norm(), torch.eye(P.shape[1], dtype=P.dtype, device=P.device)
     X = X / (X.mT @ X).norm().sqrt()
-    for rho in _scales(_KAPPA[P.dtype]): X = X @ (1.5*rho*eye - .5*rho**3 * (X.mT @ X))
-    if not _deferred(P):
-        error = lambda X: (X.mT @ X - eye).abs().max()
-        for _ in range(20):
-            if error(X) < 100*torch.finfo(P.dtype).eps: break
-            X = X @ (1.5*eye - .5*(X.mT @ X))
-        else: raise RuntimeError(f"newton_schulz did not converge: X'X - I is {error(X):.1e}")
-    return X, None, None
+    for kappa in (_KAPPA[P.dtype],) if _deferred(P) else (1e3, _KAPPA[P.dtype]):
+        for rho in _scales(kappa): X = X @ (1.5*rho*eye - .5*rho**3 * (X.mT @ X))
+        if _deferred(P): return X, None, None
+        error = (X.mT @ X - eye).abs().max()
+        if error < 100*torch.finfo(P.dtype).eps: return X, None, None
+    raise RuntimeError(f"newton_schulz did not converge: X'X - I is {error:.1e}")
 
 def _deferred(P):
     "Whether reading a number of P's device would stall it."
