@@ -94,7 +94,7 @@ def _scales(kappa, low=.2):
         rho = (3 / (1 + max(l, low) + max(l, low)**2))**.5
         p = lambda x: .5*rho*x * (3 - rho**2 * x**2)
         l = min(p(l), p(1.)); out.append(rho)
-    return out + [1., 1.]
+    return out + [1.]*3
 
 # %% ../nbs/03_nearest.ipynb #c028
 _KAPPA = {torch.float32: 1e6, torch.float64: 1e10}
