@@ -276,6 +276,24 @@ def deal(
     return perm[np.argsort(rank[y[perm]], kind="stable")]
 
 # %% ../nbs/08_data.ipynb #c030
+def _checked_labels(
+    y,              # labels
+    batch_size:int, # of one rank
+    rank:int,       # this process
+    world_size:int, # number of processes
+    drop_last:bool, # whether batches must be full
+)->np.ndarray:      # y
+    "The labels as an array, or a `ValueError` that names the argument which does not fit."
+    y = np.asarray(y.cpu() if isinstance(y, Tensor) else y)
+    if y.ndim != 1 or y.dtype.kind not in "iu" or not len(y) or y.min() < 0:
+        raise ValueError(f"y must hold at least one label, integers from 0, in one dimension; got shape {y.shape}, {y.dtype}, minimum {y.min() if y.size else 'none'}")
+    if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got batch_size={batch_size}")
+    if world_size < 1 or not 0 <= rank < world_size: raise ValueError(f"rank must lie in 0..world_size-1, got rank={rank}, world_size={world_size}")
+    need = batch_size * world_size if drop_last else world_size
+    if len(y) < need: raise ValueError(f"{len(y)} samples are too few for {'one batch of' if drop_last else 'one each of'} {need}")
+    return y
+
+# %% ../nbs/08_data.ipynb #c031
 class StratifiedBatchSampler(Sampler):
     "Batches of indices, each with every class whose count permits; reshuffled each epoch, sharded by rank, resumable at any batch."
     def __init__(self,
@@ -287,14 +305,7 @@ class StratifiedBatchSampler(Sampler):
         world_size:int=1,     # number of processes
         drop_last:bool=False, # leave out at random what does not fill a batch, a new choice each epoch
     ):
-        y = np.asarray(y.cpu() if isinstance(y, Tensor) else y)
-        if y.ndim != 1 or y.dtype.kind not in "iu" or not len(y) or y.min() < 0:
-            raise ValueError(f"y must hold at least one label, integers from 0, in one dimension; got shape {y.shape}, {y.dtype}, minimum {y.min() if y.size else 'none'}")
-        if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got batch_size={batch_size}")
-        if world_size < 1 or not 0 <= rank < world_size: raise ValueError(f"rank must lie in 0..world_size-1, got rank={rank}, world_size={world_size}")
-        whole = batch_size * world_size
-        if len(y) < (whole if drop_last else world_size):
-            raise ValueError(f"{len(y)} samples are too few for {'one batch of' if drop_last else 'one each of'} {whole if drop_last else world_size}")
+        y, whole = _checked_labels(y, batch_size, rank, world_size, drop_last), batch_size * world_size
         self.y = y.astype(np.int16 if y.max() < 2**15 else np.int64)  # NumPy sorts int16 by radix
         self.n = len(y) // whole if drop_last else -(-len(y) // whole)
         self.keep = self.n * whole if drop_last else len(y)
@@ -328,7 +339,7 @@ class StratifiedBatchSampler(Sampler):
         state:dict,  # of `state_dict`, taken between any two batches
     ): "Continue after the batches that were already given out."; self.epoch, self.batch, self._start = state["epoch"], state["batch"], state["batch"]
 
-# %% ../nbs/08_data.ipynb #c038
+# %% ../nbs/08_data.ipynb #c039
 class BatchLoader(DataLoader):
     "A fastai DataLoader of whole batches (x, y) from tensors on the device; in order, or as a batch sampler says."
     def __init__(self,
@@ -375,7 +386,7 @@ class BatchLoader(DataLoader):
         if self.sampler is not None: self.sampler.load_state_dict(state["sampler"])
         self.generator.set_state(state["generator"].cpu())
 
-# %% ../nbs/08_data.ipynb #c040
+# %% ../nbs/08_data.ipynb #c041
 def loaders(
     data:ImageData,         # as `image_data` gives it
     batch_size:int=256,     # of one process
@@ -395,7 +406,7 @@ def loaders(
     return DataLoaders(BatchLoader(x, y, batch_size, sampler, train, seed + rank*1000, device), BatchLoader(x_test, y_test, batch_size, augment=plain, device=device),
                        BatchLoader(x, y, batch_size, augment=train, seed=seed + 1, device=device), device=device)
 
-# %% ../nbs/08_data.ipynb #c044
+# %% ../nbs/08_data.ipynb #c045
 def long_tail(
     y,                        # (N,) labels
     factor:float=100,         # largest over smallest class, at least 1
@@ -416,7 +427,7 @@ def long_tail(
     place = torch.arange(len(y)) - (counts.cumsum(0) - counts)[y[order]]
     return order[place < keep[y[order]]].sort().values
 
-# %% ../nbs/08_data.ipynb #c047
+# %% ../nbs/08_data.ipynb #c048
 @dataclass(frozen=True)
 class FolderData:
     "An ImageFolder tree of large images; the constants are ImageNet's."
@@ -441,7 +452,7 @@ class FolderData:
     @property
     def C(self): return len(self.split("train").classes)
 
-# %% ../nbs/08_data.ipynb #c048
+# %% ../nbs/08_data.ipynb #c049
 class FolderLoader(BatchLoader):
     "As `BatchLoader`, from an ImageFolder through worker processes; the augmentation runs on the device."
     def __init__(self,
