@@ -123,6 +123,7 @@ def readme_text(root=ROOT):
     NBProcessor(nb=nb, procs=[p for p in FilterDefaults().base_procs() if p is not add_links]).process()
     front = yaml.safe_load("".join(nb.cells[0].source).strip().strip("-"))
     cells = [{k: v for k, v in c.items() if k in ("cell_type", "metadata", "source", "outputs", "execution_count")} for c in nb.cells[1:]]
+    for o in (o for c in cells for o in c.get("outputs", []) if "text" in o): o["text"] = "".join(o["text"])
     for c in cells: c["source"] = re.sub(r"^#\|.*\n?", "", "".join(c["source"]), flags=re.M)
     body, res = MarkdownExporter().from_notebook_node(nbformat.from_dict({"cells": cells, "metadata": nb.metadata, "nbformat": 4, "nbformat_minor": 4}))
     if res["outputs"]: raise Problem("nbs/index.ipynb stores a picture in an output; GitHub shows only files: save it under nbs/images and link it")

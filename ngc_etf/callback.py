@@ -101,12 +101,13 @@ from .metrics import NeuralCollapse
 def measure_collapse(
     model:nn.Module, # ends in one of our heads
     head:Head,       # that head
-    dl,              # a DataLoader of batches (*x, y)
+    dl,              # a DataLoader, or a list, of batches (*x, y)
     store:int=2**30, # bytes of features to keep for nc4 and the margins, which are left out beyond that
 )->dict:             # loss, top1 and chapter 06's metrics, as floats
     "One pass over `dl` in evaluation mode, by which the model is left as it was."
     modes, device, caught = [(m, m.training) for m in model.modules()], head.weight.device, []
-    keep = 4 * head.d * len(dl.dataset) <= store
+    samples = len(dl.dataset) if hasattr(dl, "dataset") else sum(len(y) for *_, y in dl)
+    keep = 4 * head.d * samples <= store
     lin, metric, kept, n, loss, hits = head.to_linear(), NeuralCollapse(head.C, head.d, scatter=not keep).to(device), [], 0, 0., 0.
     hook = head.register_forward_pre_hook(lambda m, args: caught.append(m.features(args[0]).detach()))
     try:
