@@ -24,9 +24,10 @@ _KEY = ["experiment", "method", "seed", "epoch"]
 
 def _table(path, needed):
     "A CSV file as a frame, or an error that names it."
-    try: frame = pd.read_csv(path)
+    try: frame, text = pd.read_csv(path), Path(path).read_text()
     except (OSError, ValueError) as e: raise ValueError(f"{path} cannot be read as rows: {e}") from e
     missing = [c for c in needed if c not in frame]
+    if not text.endswith("\n") or len({line.count(",") for line in text.splitlines()}) > 1: raise ValueError(f"{path} is damaged: a line is cut")
     if missing or frame[needed].isna().any(axis=None): raise ValueError(f"{path} is damaged: no {', '.join(missing) or 'complete rows'}")
     return frame
 
