@@ -9,7 +9,7 @@ help:       ## this list
 .venv/.done: settings.ini setup.py
 	$(PY) -m venv .venv && $(BIN)/pip install -q -e '.[dev]' && touch $@
 demo: .venv/.done       ## train the three classifiers on free features and on digits, then write report/index.html
-	$(BIN)/ngc_train --suite demo --out runs/demo && $(BIN)/ngc_report --rows runs/demo --out report
+	export PYTHONWARNINGS=ignore; $(BIN)/ngc_train --suite demo --out runs/demo && $(BIN)/ngc_report --rows runs/demo --out report
 test: .venv/.done       ## every notebook and every test but the slow ones
 	$(BIN)/nbdev_test --n_workers 2 && $(BIN)/pytest -q tests
 test-slow: .venv/.done  ## the slow notebook cells and tests as well (minutes)

@@ -1,4 +1,5 @@
 "AGD where it meets other software: fastai, dtypes, checkpoints."
+import tempfile
 import copy
 from functools import partial
 import pytest, torch
@@ -24,7 +25,7 @@ def learner(opt_func, net):
     from fastai.learner import Learner
     x, y = data()
     dl = DataLoader(list(zip(x, y)), bs=8)
-    return Learner(DataLoaders(dl, dl), net, loss_func=F.cross_entropy, opt_func=opt_func)
+    return Learner(DataLoaders(dl, dl), net, loss_func=F.cross_entropy, opt_func=opt_func, path=tempfile.mkdtemp())
 
 
 @pytest.mark.parametrize("opt_func", ["plain", "mapped"])

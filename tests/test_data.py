@@ -1,4 +1,5 @@
 "Data: real on-disk formats, damaged files, grids of the sampler, fastai and resuming."
+import tempfile
 import copy
 import gzip
 import pickle
@@ -228,7 +229,7 @@ def learner(dls, width=10):
     import fastai.callback.schedule
     from fastai.learner import Learner
     torch.manual_seed(0)
-    return Learner(dls, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, width)), loss_func=F.cross_entropy, lr=.01)
+    return Learner(dls, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, width)), loss_func=F.cross_entropy, lr=.01, path=tempfile.mkdtemp())
 
 
 def quiet(learn, n):
