@@ -325,6 +325,7 @@ def train_parser():
     p.add_argument("--again", action="store_true", help="run anew what is done"); p.add_argument("--list", action="store_true", help="show all experiments and end")
     return p
 
+# %% ../nbs/11_experiment.ipynb #c034
 def train_main(argv=None):
     "The command `ngc_train`."
     args = train_parser().parse_args(argv)

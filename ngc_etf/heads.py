@@ -181,10 +181,8 @@ class NearestETFHead(Head):
         self._store(U.detach(), W.detach())
         return F.linear(x, W, -W @ h_G)
 
-    @torch.no_grad()
     def _store(self, U, W):
-        self.U_prox.copy_(U); self.weight.copy_(W)
-        self.bias.copy_(-self.weight @ self.means.global_mean.h_G)
+        self.U_prox.copy_(U); self.weight.copy_(W); self.bias.copy_(-self.weight @ self.means.global_mean.h_G)
 
     def _first_step(self)->bool:
         "Is this the first training step ever? Looks at the buffer until it has been answered no, then never again (no stall)."
