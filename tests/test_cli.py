@@ -65,3 +65,11 @@ def test_killed_runs_end_in_the_same_rows(tmp_path):
     assert shell(TRAIN, *argv, str(tmp_path / "cut")).returncode == 0
     whole, cut = (load_rows(tmp_path / d)[0].drop(columns="seconds") for d in ("whole", "cut"))
     pd.testing.assert_frame_equal(whole, cut, check_exact=True)
+
+
+@pytest.mark.parametrize("suffix, text", [(".json", "{}"), (".json", "{"), (".csv", "a\n")])
+def test_damaged_result_files_are_named(suffix, text, tmp_path):
+    rows = run(experiment("ufm-10", epochs=3), tmp_path, progress=False)
+    damaged = rows.csv.with_suffix(suffix); damaged.write_text(text)
+    with pytest.raises(SystemExit) as e: train_main(["--experiment", "ufm-10", "--epochs", "3", "--out", str(tmp_path)])
+    assert f"{damaged} is damaged" in str(e.value.code) and damaged.read_text() == text
