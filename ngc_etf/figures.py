@@ -114,9 +114,10 @@ def curve(
     shown = rows.dropna(subset=[metric]) if metric in rows else rows.iloc[:0]
     for method, group in shown.groupby("method", sort=False):
         by = group.groupby("epoch")[metric]
-        ax.plot(by.median(), color=COLOURS.get(method), label=method, lw=1.6)
+        ax.plot(by.median(), color=COLOURS.get(method), label=method, lw=1.6, marker="o" if len(by) < 6 else None, ms=4)
         if group.seed.nunique() > 1: ax.fill_between(by.min().index, by.min(), by.max(), color=COLOURS.get(method), alpha=.2, lw=0)
     if level is not None: ax.axhline(level, color="k", ls=":", lw=1)
+    ax.xaxis.set_major_locator(plt.MaxNLocator(6, integer=True))
     if not len(shown): ax.text(.5, .5, "missing: no rows", transform=ax.transAxes, ha="center")
     if len(shown) and shown.epoch.max() > 500: ax.set_xscale("log")
     ax.set(xlabel="epoch", ylabel=LABELS.get(metric, metric))
@@ -201,7 +202,7 @@ def classes_grow(
     fig, axes = plt.subplots(1, len(UFM), figsize=(15, 3.2), sharey=True, layout="constrained")
     for name, ax in zip(UFM, axes):
         curve(rows[(rows.experiment == name) & (rows.epoch <= until)], "train_top1", ax)
-        ax.set(xscale="linear", xlim=(0, until), title=name.upper())
+        ax.set(xscale="log", xlim=(1, until), title=name.upper())
     axes[0].legend(frameon=False)
     sns.despine(fig)
     return fig
@@ -305,7 +306,7 @@ def accuracy_table(
     out = []
     for e, title in TITLES.items():
         for m in dict.fromkeys((*compared(e), "nearest")):
-            out.append({"data set/network": title, "method": m} | {f"{epoch} {who}": accuracy(rows, split, e, m, epoch) if who == "ours" else PAPER.get((split, e, m, epoch))
+            out.append({"data set/network": title, "method": m} | {f"epoch {epoch}, {who}": accuracy(rows, split, e, m, epoch) if who == "ours" else PAPER.get((split, e, m, epoch))
                                                                    for epoch in (50, 200) for who in ("ours", "paper")})
     return pd.DataFrame(out)
 
@@ -321,7 +322,7 @@ def order_verdict(
 )->str:
     "Which method leads, and whether it does so in the paper."
     missing = [m for m, c in ours.items() if c is None]
-    if missing: return f"no verdict: missing rows of {', '.join(missing)}"
+    if missing: return "no verdict: missing rows" + (f" of {', '.join(missing)}" if len(missing) < len(ours) else "")
     a, b = sorted(ours.values(), key=lambda c: -c.median)[:2]
     return (f"{_order(ours)}; " + ("as in the paper" if _order(ours) == _order(paper) else f"paper: {_order(paper)}") + f" (seeds: {min(c.seeds for c in ours.values())}"
             + (", the first two ranges overlap)" if b.greatest >= a.least else ")"))
@@ -349,7 +350,7 @@ _NOTE = ("Top-1 in percent at epochs 50 and 200: median [least, greatest] (numbe
          "The paper's ImageNet/ResNet50 was trained without the gradient through the solver: it stands beside nearest-no-ddn, and our nearest alone.")
 
 def as_text(table:pd.DataFrame)->pd.DataFrame:
-    "Cells as words: missing ones of ours are missing, of the paper's not in the paper."
+    "Cells as words: ours without rows are missing; where the paper has none stands a dash."
     return pd.DataFrame({c: [("-" if "paper" in c else "missing") if v is None or v is np.nan else str(v) for v in table[c]] for c in table})
 
 def as_markdown(table:pd.DataFrame)->str:
@@ -399,7 +400,7 @@ def verdict(rows:pd.DataFrame)->str:
 # %% ../nbs/12_figures.ipynb #c052
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>ngc_etf {title}</title><style>
 body{{font:16px/1.5 system-ui,sans-serif;max-width:1200px;margin:2rem auto;padding:0 1rem;color:#222}} img{{max-width:100%}} .wide{{overflow-x:auto}} table{{border-collapse:collapse;margin:1rem 0;font-size:.92rem}}
-th,td{{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #ddd;font-variant-numeric:tabular-nums}} th{{background:#f5f5f5}} td:first-child,th:first-child,.words td,.words th{{text-align:left}} .missing{{color:#999}}
+th,td{{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #ddd;font-variant-numeric:tabular-nums}} th{{background:#f5f5f5}} td:first-child,th:first-child,.verdicts td,.verdicts th,.coverage td,.coverage th,[class*=table] td:nth-child(2),[class*=table] th:nth-child(2){{text-align:left}} .missing{{color:#999}}
 pre{{background:#f7f7f7;padding:1rem;overflow:auto;font-size:.8rem}}
 </style><h1>Guiding neural collapse: {title}</h1><p>{lead}</p>{body}</html>"""
 
@@ -409,15 +410,15 @@ def _picture(fig, alt):
     plt.close(fig)
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
-def _wide(table, kind=""): return f'<div class="wide {kind}">{as_html(table)}</div>'
+def _wide(table, name=""): return f'<div class="wide {name}">{as_html(table)}</div>'
 
 # %% ../nbs/12_figures.ipynb #c054
 def all_tables(rows:pd.DataFrame, about:dict)->dict:
-    "{name: (caption, table)}: Tables 1 and 2, their verdicts, and what has been run."
+    "{name: (title, caption, table)}: Tables 1 and 2, their verdicts, and what has been run."
     fit = of_paper(rows, about)
-    return {"table1": (f"Table 1, train accuracy. {_NOTE}", accuracy_table(fit, "train")), "table2": (f"Table 2, test accuracy. {_NOTE}", accuracy_table(fit, "test")),
-            "verdicts": ("The methods by their median top-1, best first, at epochs 50 and 200, and the paper's order where it is another.", verdict_table(fit)),
-            "coverage": ("What has been run: the last epoch of each run and its values there.", coverage(rows, about))}
+    return {"table1": ("Table 1: train accuracy", _NOTE, accuracy_table(fit, "train")), "table2": ("Table 2: test accuracy", _NOTE, accuracy_table(fit, "test")),
+            "verdicts": ("Who leads", "The methods by their median top-1, best first, at epochs 50 and 200, and the paper's order where it is another.", verdict_table(fit)),
+            "coverage": ("What has been run", "Each run's last epoch and its values there.", coverage(rows, about))}
 
 def write_tables(
     rows:pd.DataFrame, # of any experiments
@@ -427,8 +428,9 @@ def write_tables(
     "Each table of `all_tables` as .md, .tex and .html."
     folder, out = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (caption, table) in all_tables(rows, about).items():
-        texts = {".md": f"{caption}\n\n{as_markdown(table)}", ".tex": as_latex(table, caption, f"tab:{name}"), ".html": _PAGE.format(title=name, lead=html.escape(caption), body=as_html(table))}
+    for name, (title, caption, table) in all_tables(rows, about).items():
+        texts = {".md": f"**{title}.** {caption}\n\n{as_markdown(table)}", ".tex": as_latex(table, f"{title}. {caption}", f"tab:{name}"),
+                 ".html": _PAGE.format(title=title, lead=html.escape(caption), body=_wide(table, name))}
         for suffix, text in texts.items():
             out.append(folder/f"{name}{suffix}")
             out[-1].write_text(text, encoding="utf-8")
@@ -447,9 +449,8 @@ def _of_all(rows, about):
     "The parts of the report that look at all experiments together."
     out, known = [], set(rows.experiment)
     if known & set(UFM): out += ["<h2>Growing numbers of classes (Figure 3)</h2>", _picture(classes_grow(rows), "top-1 of the unconstrained models")]
-    for name, (caption, table) in all_tables(rows, about).items():
-        if name != "coverage" and not known & set(TITLES): continue
-        out += [f"<h2>{caption.split('.')[0].split(':')[0]}</h2><p>{html.escape(caption)}</p>", _wide(table, "" if name.startswith("table") else "words")]
+    for name, (title, caption, table) in all_tables(rows, about).items():
+        if name == "coverage" or known & set(TITLES): out += [f"<h2>{title}</h2><p>{html.escape(caption)}</p>", _wide(table, name)]
     return out if known & set(TITLES) else [*out, "<p>No run here belongs to Tables 1 and 2 of the paper.</p>"]
 
 def html_report(
