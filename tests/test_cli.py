@@ -3,8 +3,9 @@ import os, signal, subprocess, sys, time
 import pandas as pd
 import pytest
 
-from ngc_etf.experiment import EXPERIMENTS, METHODS, Experiment, Rows, experiment, run, train_main
+from ngc_etf.experiment import EXPERIMENTS, METHODS, Rows, experiment, run
 from ngc_etf.figures import load_rows, report_main
+from ngc_etf.suite import train_main
 
 
 def shell(code, *argv, **kw):
@@ -12,7 +13,7 @@ def shell(code, *argv, **kw):
     return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, env=env, **kw)
 
 
-TRAIN = "from ngc_etf.experiment import train_main; train_main()"
+TRAIN = "from ngc_etf.suite import train_main; train_main()"
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path):
