@@ -114,7 +114,9 @@ def direction(
     C:int,  # number of classes
 )->Tensor:  # U (d, C)
     "A direction by name (§4), or the given one, checked."
-    check_classes(C, d)
+    check_classes(C)
+    if d < C: raise ValueError(f"{C} orthonormal directions need d >= C, got d={d} and C={C}: project the features to at least {C} dimensions first, "
+                               f"with nn.Linear({d}, {C}) before the head, or by NearestETF(project=True)")
     if isinstance(start, Tensor):
         if start.shape != (d, C): raise ValueError(f"a direction must have shape ({d}, {C}), got {tuple(start.shape)}")
         U = start.detach().clone()
@@ -181,7 +183,7 @@ class DirectedHead(Head):
         if not (mode or self.U_prox.is_meta or self.is_etf()): self.reproject()
         return super().train(mode)
 
-# %% ../nbs/05_heads.ipynb #c019
+# %% ../nbs/05_heads.ipynb #c020
 def _hardware(device:torch.device)->str:
     "What the rounding of a solve depends on."
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
@@ -192,15 +194,7 @@ def _hardware_differs(device:torch.device)->bool:
     dist.all_gather_object(kinds, _hardware(device))
     return len(set(kinds)) > 1
 
-# %% ../nbs/05_heads.ipynb #c020
-def _once_complete(H:Tensor, seen:Tensor)->Tensor:
-    "H, with a gradient only once every class has been seen."
-    if H.requires_grad:
-        complete = (seen > 0).all()
-        H.register_hook(lambda g: torch.where(complete, g, 0.))
-    return H
-
-# %% ../nbs/05_heads.ipynb #c021
+# %% ../nbs/05_heads.ipynb #c022
 class NearestETFHead(DirectedHead):
     "At every training step the classifier is the simplex ETF nearest to the class means (Eqs. 7-9); no parameters."
     def __init__(self,
@@ -234,8 +228,7 @@ class NearestETFHead(DirectedHead):
     def _solve(self, H, first):
         U_prox = self.U_prox.to(H)
         if first: U_prox = nearest_etf(H.detach(), solver=self.solver, start=U_prox, validate=False)  # problem (6)
-        H = _once_complete(H, self.means.seen) if self.ddn_grad else H.detach()
-        U = nearest_etf(H, U_prox, self.delta, self.solver, validate=False)
+        U = nearest_etf(H if self.ddn_grad else H.detach(), U_prox, self.delta, self.solver, validate=False)
         if processes() > 1:
             if self._mixed is None: self._mixed = _hardware_differs(U.device)
             if self._mixed: dist.broadcast(U.data, 0)  # in place, outside autograd: the adjoint then is that of rank 0's solution

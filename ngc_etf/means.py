@@ -183,7 +183,17 @@ class RunningGlobalMean(Counted):
         if self.training: self.update(h_G.detach())
         return h_G
 
-# %% ../nbs/02_means.ipynb #c028
+# %% ../nbs/02_means.ipynb #c029
+def _unit(
+    H_bar:Tensor, # (d, C) centred class means
+    h_G:Tensor,   # (d,) the global mean they were centred by
+)->Tensor:        # H̃ (d, C)
+    "H̃ = H̄ / |H̄|; zero, or zero up to rounding, gives zero and no gradient."
+    norm, info = H_bar.norm(), torch.finfo(H_bar.dtype)
+    rounding = (10*info.eps * h_G.detach().norm()).clamp(min=info.tiny)
+    return H_bar * ((norm > rounding) / norm.clamp(min=rounding))
+
+# %% ../nbs/02_means.ipynb #c031
 class RunningMeans(Counted):
     "Eq. 9: the moving average of the centred class means; all state in buffers, updated in place."
     def __init__(self,
@@ -206,7 +216,7 @@ class RunningMeans(Counted):
         y:Tensor, # (N,) int64 labels, or (N, C) class probabilities
     )->tuple:     # H (d, C) of unit Frobenius norm, h_G (d,) the batch's global mean; both carry gradient
         "One step in training; in evaluation the stored means, and nothing changes."
-        if not self.training: return _unit(self.H_bar), self.global_mean.h_G
+        if not self.training: return _unit(self.H_bar, self.global_mean.h_G), self.global_mean.h_G
         check_batch(h, y, self.C, self.d)
         if self.check is not None: self.check.raise_late(); y = self.check.labels(y, self.C)
         sums, counts = class_sums(h, y, self.C)
@@ -220,8 +230,4 @@ class RunningMeans(Counted):
             self.count()
             self.H_bar.copy_(H_bar); self.seen += counts
             self.global_mean.update(h_G)
-        return _unit(H_bar), h_G
-
-def _unit(H_bar):
-    "H̃ = H̄ / |H̄|; zero stays zero."
-    return H_bar / H_bar.norm().clamp(min=torch.finfo(H_bar.dtype).tiny)
+        return _unit(H_bar, h_G), h_G

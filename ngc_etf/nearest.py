@@ -82,9 +82,10 @@ def _gram(P):
     w, V = torch.linalg.eigh(G.mT @ G)
     if w[0] < w[-1] * (1e-6 if P.dtype == torch.float64 else 1e-9): return _svd(P)
     s = w.sqrt()
-    U = P @ ((V / s) @ V.mT).to(P.dtype)
-    if P.dtype == torch.float64 or w[0] < w[-1] * 1e-3: U = U @ (1.5*torch.eye(len(w)).to(U) - .5*(U.mT @ U))
-    return U, s.to(P.dtype), V.to(P.dtype)
+    X = G if w[0] < w[-1] * 1e-3 else P
+    U = X @ ((V / s) @ V.mT).to(X.dtype)
+    if P.dtype == torch.float64: U = U @ (1.5*torch.eye(len(w)).to(U) - .5*(U.mT @ U))
+    return U.to(P.dtype), s.to(P.dtype), V.to(P.dtype)
 
 # %% ../nbs/03_nearest.ipynb #c026
 def _scales(kappa, low=.2):
