@@ -79,6 +79,7 @@ def _labels(self:NearestETF)->Tensor:
 def _thaw(self:NearestETF):
     "Unfreeze the last parameter group that holds anything, where `freeze` has left only empty ones."
     opt = self.learn.opt
+    if opt is None: return  # a loaded learner predicts without one
     groups, first = list(opt.param_lists), opt.frozen_idx
     if first == 0 or first >= len(groups) or any(len(g) for g in groups[first:]): return
     last = max((i for i, g in enumerate(groups) if len(g)), default=None)
