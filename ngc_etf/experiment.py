@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'FOLDERS', 'EXPERIMENTS', 'SUITES', 'FORMAT', 'TRACKERS', 'Experiment', 'check_experiment', 'experiment',
            'Rows', 'described', 'save_margins', 'environment', 'final_margins', 'run_ufm', 'Network', 'team',
            'SharedBatchNorm', 'share_norms', 'Share', 'measured', 'all_margins', 'Record', 'tracker_callback',
-           'open_data', 'parts', 'network', 'run_images', 'on_device', 'run', 'clear']
+           'open_data', 'parts', 'network', 'restore', 'run_images', 'on_device', 'run', 'clear']
 
 # %% ../nbs/11_experiment.ipynb #c003
 import atexit, dataclasses, importlib.util, json, os, platform, subprocess, time
@@ -470,6 +470,16 @@ def network(
     return Network(net_body, exp.head(d, C), exp.precision).to(device, memory_format=torch.channels_last)
 
 # %% ../nbs/11_experiment.ipynb #c046
+@torch.no_grad()
+def restore(
+    net:nn.Module, # the network
+    state:dict,    # of its `state_dict`
+):
+    "Load a state to the last bit."
+    net.load_state_dict(state)
+    for k, v in net.state_dict().items(): v.copy_(state[k])
+
+# %% ../nbs/11_experiment.ipynb #c048
 def run_images(exp:Experiment, rows:Rows, data, device="cpu", progress=True, workers=4, compile=False, tracker=None, rank=0, world_size=1):
     "Train body and head with AGD on an image data set (§4)."
     cbs = [tracker_callback(tracker, rows)] if tracker else []
@@ -483,7 +493,7 @@ def run_images(exp:Experiment, rows:Rows, data, device="cpu", progress=True, wor
     learn.create_opt()
     state = rows.resume()
     if state:
-        net.load_state_dict(state["model"]); learn.opt.opt.load_state_dict(state["opt"]); torch.set_rng_state(state["rng"])
+        restore(net, state["model"]); learn.opt.opt.load_state_dict(state["opt"]); torch.set_rng_state(state["rng"])
         for k, l in loader.items(): l.load_state_dict(state["loader"][k])
     else: learn.opt.opt.init_weights()
     if world_size > 1: learn.model = DistributedDataParallel(net, broadcast_buffers=False)
@@ -492,7 +502,7 @@ def run_images(exp:Experiment, rows:Rows, data, device="cpu", progress=True, wor
     with learn.no_bar(), learn.no_logging():
         if begun < exp.epochs: learn.fit(exp.epochs - begun, cbs=[NearestETF(verbose=False), record, *cbs])
 
-# %% ../nbs/11_experiment.ipynb #c048
+# %% ../nbs/11_experiment.ipynb #c050
 def on_device(
     device:str=None, # "cpu", "cuda", "cuda:1"..., or None
 )->str:
