@@ -87,8 +87,11 @@ class StandardHead(Head):
         self.project_rows()
 
     def project_rows(self):
-        "Rows back to unit norm, outside autograd: the projection after the optimiser's step."
-        if self.normalise: self.weight.data.copy_(F.normalize(self.weight.data, dim=1))
+        "Rows back to unit norm, outside autograd: the projection after the optimiser's step. Unit rows stay as they are, to the bit."
+        if not self.normalise: return
+        norm = self.weight.data.norm(dim=1, keepdim=True)
+        off = (norm - 1).abs() > 32*torch.finfo(norm.dtype).eps
+        self.weight.data.div_(torch.where(off, norm.clamp(min=1e-12), 1.))
 
     def train_logits(self, x, y):
         self.project_rows()
