@@ -4,7 +4,7 @@
     project.py readme           README.md, from nbs/index.ipynb
     project.py readme --check   only says whether README.md is in step
 """
-import argparse, html, os, re, shutil, subprocess, sys
+import argparse, html, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -123,9 +123,8 @@ def readme_text(root=ROOT):
     NBProcessor(nb=nb, procs=[p for p in FilterDefaults().base_procs() if p is not add_links]).process()
     front = yaml.safe_load("".join(nb.cells[0].source).strip().strip("-"))
     cells = [{k: v for k, v in c.items() if k in ("cell_type", "metadata", "source", "outputs", "execution_count")} for c in nb.cells[1:]]
-    for o in (o for c in cells for o in c.get("outputs", []) if "text" in o): o["text"] = "".join(o["text"])
     for c in cells: c["source"] = re.sub(r"^#\|.*\n?", "", "".join(c["source"]), flags=re.M)
-    body, res = MarkdownExporter().from_notebook_node(nbformat.from_dict({"cells": cells, "metadata": nb.metadata, "nbformat": 4, "nbformat_minor": 4}))
+    body, res = MarkdownExporter().from_notebook_node(nbformat.reads(json.dumps({"cells": cells, "metadata": nb.metadata, "nbformat": 4, "nbformat_minor": 4}), as_version=4))
     if res["outputs"]: raise Problem("nbs/index.ipynb stores a picture in an output; GitHub shows only files: save it under nbs/images and link it")
     s = f"# {front['title']}\n\n> {front['description']}\n\n{body}"
     s = re.sub(r"(\]\(|src=\")(?=(?:images/|[\w.-]+\.ipynb))", r"\1nbs/", s)
