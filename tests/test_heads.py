@@ -230,3 +230,27 @@ def test_long_tails():
         losses.append(step(net, opt, centres[y] + .3*torch.randn(N, 8), y))
         assert off_etf(net.head.weight) < 1e-5
     assert sum(losses[-20:]) < .8 * sum(losses[:20])
+
+
+class NothingIsRead(torch.utils._python_dispatch.TorchDispatchMode):
+    "Fails where the host reads a number out of a tensor: on a GPU that would stall the step."
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the host waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("solve_every", [1, 2])
+@pytest.mark.parametrize("ddn_grad", [True, False])
+def test_no_host_synchronisation_in_the_step(solve_every, ddn_grad, monkeypatch):
+    "A GPU's path through the step, taken on the CPU: its solver and adjoint, its checks left out."
+    import ngc_etf.nearest as nearest
+    monkeypatch.setattr(nearest, "_deferred", lambda P: True)
+    head = NearestETFHead(D, C, ddn_grad=ddn_grad, solve_every=solve_every, solver="newton_schulz", validate=False)
+    y = torch.arange(N) % C
+    head(torch.randn(N, D), y)  # the first step reads the step number, once
+    for _ in range(3):
+        h = torch.randn(N, D, requires_grad=True)
+        with NothingIsRead(): F.cross_entropy(head(h, y), y).backward()
+        assert h.grad.isfinite().all() and off_etf(head.weight) < 1e-5
+    head.load_state_dict(head.state_dict())
+    with pytest.raises(AssertionError, match="the host waits"), NothingIsRead(): head(h, y)  # and it does see a reading
