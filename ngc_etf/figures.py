@@ -21,7 +21,7 @@ import pandas as pd
 import seaborn as sns
 
 from .data import UFM
-from .experiment import EXPERIMENTS, METHODS, SUITES, Experiment
+from .experiment import EXPERIMENTS, METHODS, SUITES, Experiment, described
 from .metrics import cross_entropy_floor
 
 # %% ../nbs/12_figures.ipynb #c006
@@ -37,22 +37,18 @@ def _table(path, needed):
     if missing or frame[needed].isna().any(axis=None): raise ValueError(f"{path} is damaged: no {', '.join(missing) or 'complete rows'}")
     return frame
 
-def _known_as(told):
-    "Experiment, method and seed of a description; a field that it lacks has its default."
-    return told["name"], told.get("method", Experiment.method), told.get("seed", Experiment.seed)
-
 def _described(path):
-    "The description beside a file of rows."
-    try:
-        about = json.loads(path.with_suffix(".json").read_text())
-        return about, _known_as(about["experiment"]), about["C"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path} has no readable description beside it: {type(e).__name__}: {e}") from e
+    "The description beside a file of rows, complete, and the run that it names; a `ValueError` where it is damaged or of another version."
+    beside = path.with_suffix(".json")
+    try: about = json.loads(beside.read_text()); about["experiment"]["name"], about["C"]
+    except (OSError, ValueError, KeyError, TypeError) as e: raise ValueError(f"{path} has no readable description beside it: {type(e).__name__}: {e}") from e
+    told = described(about, beside)
+    return about | {"experiment": told}, (told["name"], told["method"], told["seed"])
 
 # %% ../nbs/12_figures.ipynb #c008
 def _one_run(path):
     "One run's rows, margins and description, whole and of one piece, or a `ValueError`."
-    (about, run, _), frame = _described(path), _table(path, _KEY)
+    (about, run), frame = _described(path), _table(path, _KEY)
     if set(frame[_KEY[:3]].itertuples(index=False, name=None)) != {run}: raise ValueError(f"{path} is damaged: its rows are not those of {'/'.join(map(str, run))}, which its description names")
     if frame.epoch.duplicated().any(): raise ValueError(f"double rows in {path}: epoch {frame.epoch[frame.epoch.duplicated()].iloc[0]}")
     beside = path.with_suffix(".margins.csv")
@@ -117,7 +113,7 @@ def curve(
         ax.plot(by.median(), color=COLOURS.get(method), label=method, lw=1.6, marker="o" if len(by) < 6 else None, ms=4)
         if group.seed.nunique() > 1: ax.fill_between(by.min().index, by.min(), by.max(), color=COLOURS.get(method), alpha=.2, lw=0)
     if level is not None: ax.axhline(level, color="k", ls=":", lw=1)
-    ax.xaxis.set_major_locator(plt.MaxNLocator(6, integer=True))
+    ax.xaxis.set_major_locator(plt.MaxNLocator(6, integer=True, min_n_ticks=1))
     if not len(shown): ax.text(.5, .5, "missing: no rows", transform=ax.transAxes, ha="center")
     if len(shown) and shown.epoch.max() > 500: ax.set_xscale("log")
     ax.set(xlabel="epoch", ylabel=LABELS.get(metric, metric))
@@ -340,9 +336,9 @@ def coverage(rows:pd.DataFrame, about:dict)->pd.DataFrame:
         told, last = about[f"{e}/{m}-s{s}"]["experiment"], run.loc[run.epoch.idxmax()]
         percent = {f"{split} top-1 %": f"{100*last[c]:.2f}" if c in last and not pd.isna(last[c]) else "-" for split in ("train", "test") if (c := f"{split}_top1")}
         odd = deviations(told)
-        differs = ", ".join(f"{k}={v}" for k, v in odd.items()) or ("-" if e in EXPERIMENTS else "not in the paper")
-        out.append({"experiment": e, "method": m, "seed": s, "last epoch": f"{last.epoch} of {told.get('epochs', Experiment.epochs)}", "train loss": f"{last.get('train_loss', np.nan):.4f}",
-                    **percent, "differs from the paper": differs + (" (left out of Tables 1, 2)" if set(odd) - _FREE else "")})
+        changed = ", ".join(f"{k}={v}" for k, v in odd.items()) or ("-" if e in EXPERIMENTS else "not a known experiment")
+        out.append({"experiment": e, "method": m, "seed": s, "last epoch": f"{last.epoch} of {told['epochs']}", "train loss": f"{last.get('train_loss', np.nan):.4f}",
+                    **percent, "changed settings": changed + (" (left out of Tables 1, 2)" if set(odd) - _FREE else "")})
     return pd.DataFrame(out)
 
 # %% ../nbs/12_figures.ipynb #c045
@@ -440,7 +436,7 @@ def write_tables(
 def _settings(about, name):
     "The descriptions of one experiment's runs, its C and tau; a `ValueError` where they differ."
     told = {stem: a for stem, a in about.items() if stem.startswith(f"{name}/")}
-    both = {(a["C"], a["experiment"].get("tau", Experiment.tau)) for a in told.values()}
+    both = {(a["C"], a["experiment"]["tau"]) for a in told.values()}
     if len(both) > 1: raise ValueError(f"the runs of {name} do not belong together: (C, tau) are {', '.join(map(str, sorted(both)))}")
     return told, *both.pop()
 
@@ -475,7 +471,7 @@ def html_report(
 def gaps(run)->list:
     "What a run's description promises and its rows do not hold."
     try: exp = Experiment(**run["about"]["experiment"])
-    except (TypeError, ValueError) as e: return [f"{run['path']}: a description of another version, its epochs cannot be checked ({e})"]
+    except ValueError as e: return [f"{run['path']} is damaged: its description is not one of ours: {e}"]
     last = run["rows"].epoch.max()
     lost = sorted({t for t in range(1, last + 1) if exp.due(t)} - {*run["rows"].epoch})
     out = [f"missing in {run['path']}: epoch {', '.join(map(str, lost[:5]))}{' and more' if len(lost) > 5 else ''}"] if lost else []

@@ -65,7 +65,7 @@ def test_no_other_epoch_and_no_other_settings_stand_in(tmp_path):
     assert [c is None for c in told["table2"][2].query("`data set/network` == 'CIFAR10/VGG13'")["epoch 200, ours"]] == [True]*3
     listed = coverage(rows, about).set_index("method")
     assert listed["last epoch"].to_dict() == {"standard": "50 of 50", "fixed": "199 of 200", "nearest": "200 of 200"}
-    assert "left out" in listed["differs from the paper"]["nearest"] and listed["differs from the paper"]["standard"] == "epochs=50, precision=bf16"
+    assert "left out" in listed["changed settings"]["nearest"] and listed["changed settings"]["standard"] == "epochs=50, precision=bf16"
 
 
 def test_other_experiments_and_stray_files(tmp_path, capsys):
@@ -81,7 +81,7 @@ def test_other_experiments_and_stray_files(tmp_path, capsys):
     assert all(f"\n{name}: " in said for name in ("digits-net", "digits-net-lt", "folder"))
     assert sorted(f.name for f in (tmp_path / "figures").iterdir()) == ["digits-net-lt.png", "digits-net.png", "folder.png"]
     page = (tmp_path / "report" / "index.html").read_text()
-    assert "No run here belongs to Tables 1 and 2" in page and "not in the paper" in page and "://" not in page
+    assert "No run here belongs to Tables 1 and 2" in page and "not a known experiment" in page and "://" not in page
     assert "| folder | standard | 0 | 3 of 3 |" in (tmp_path / "tables" / "coverage.md").read_text()
 
 
@@ -125,6 +125,13 @@ def test_a_description_of_another_version_is_said(tmp_path):
     store(tmp_path, experiment("digits-net", epochs=3), field_of_the_future=1)
     complaint, = check_rows(tmp_path)
     assert "another version" in complaint and "field_of_the_future" in complaint
+    assert complaint in fails("--rows", tmp_path, "--out", tmp_path / "out") and not (tmp_path / "out").exists()
+
+
+def test_a_description_that_is_none_is_said(tmp_path):
+    store(tmp_path, experiment("digits-net", epochs=3), precision="fp3")
+    complaint, = check_rows(tmp_path)
+    assert "is not one of ours: precision must be one of" in complaint
 
 
 def test_check_against_a_suite(tmp_path, monkeypatch):
