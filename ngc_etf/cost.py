@@ -24,7 +24,7 @@ from threadpoolctl import threadpool_limits
 
 from .agd import AGD
 from .data import DATASETS, UFM, Augment, DataSpec, augment_rates, image_data
-from .experiment import METHODS, Experiment, Network, run
+from .experiment import METHODS, Experiment, Network, network, run
 from .heads import NearestETFHead
 from .implicit import ddn_vjp, vjp_dense_constraints, vjp_one_cholesky
 from .models import body
@@ -201,34 +201,36 @@ def bare_loop(
     exp,           # `Experiment` on images
     data,          # `ImageData`
     device="cpu",  # of all
-):                 # a function that trains one epoch
+):                 # a generator; each `next` is one training step, without end
     "The least loop that does an experiment's training steps."
-    torch.manual_seed(exp.seed)
-    trunk, d = body(exp.net)
-    net = Network(trunk, exp.head(d, data.C), exp.precision).to(device, memory_format=torch.channels_last)
+    net = network(exp, data.C, device)
     opt = AGD(net.parameters(), gain=exp.gain)
     opt.init_weights()
     x, y = (v.to(device) for v in data.train)
     augment, g = Augment(data.mean, data.std, data.pad, data.flip), torch.Generator().manual_seed(exp.seed)
-    def epoch():
-        net.train()
+    while True:
         for idx in torch.randperm(len(y), device=device).split(exp.batch_size):
             net.head.targets = y[idx]
             loss = F.cross_entropy(net(augment(x[idx], g)), y[idx])
             opt.zero_grad(); loss.backward(); opt.step()
-    return epoch
+            yield loss.detach()
 
 # %% ../nbs/13_cost.ipynb #c030
 class InTurns(Callback):
-    "Times the runner's training steps of an epoch, then an epoch of another loop."
+    "Times the runner's training steps and those of another loop, in turns of so many."
     order = -20
-    def __init__(self, other, sync): self.other, self.sync, self.seconds = other, sync, []
-    def _timed(self, start): self.sync(); return time.perf_counter() - start
-    def before_train(self): self.sync(); self.start = time.perf_counter()
-    def after_train(self):
-        runner, start = self._timed(self.start), time.perf_counter()
-        self.other()
-        self.seconds.append((runner, self._timed(start)))
+    def __init__(self, other, turn, sync): self.other, self.turn, self.sync, self.seconds = other, turn, sync, []
+    def before_train(self): self.start, self.done = None, 0
+    def after_batch(self):
+        if not self.training: return
+        self.done += self.start is not None
+        if 0 < self.done < self.turn: return
+        end = self._now()
+        for _ in range(self.turn): next(self.other)
+        if self.start is not None: self.seconds.append((end - self.start, self._now() - end))
+        self.start, self.done = self._now(), 0
+
+    def _now(self): self.sync(); return time.perf_counter()
 
 def invented_images(C, n, size=32):
     "A `DataSpec` of CIFAR's shape: what is timed does not depend on what the images show."
@@ -240,24 +242,25 @@ def invented_images(C, n, size=32):
 # %% ../nbs/13_cost.ipynb #c031
 RUNS = (("resnet18", 10), ("resnet50", 100))
 
-def runner_rate(net, C, steps, batch, precision, device, rounds, method="nearest"):
-    "Images a second of the runner and of the bare loop; the ratio is the median over rounds, each of which holds one epoch of both."
-    name = f"invented-{C}"
-    DATASETS[name] = invented_images(C, steps*batch)
+def runner_rate(net, C, batch, precision, device, rounds, method="nearest"):
+    "Images a second of the runner and of the bare loop, eight turns an epoch; the ratio is the median over turns."
+    cuda = str(device).startswith("cuda")
+    name, turn = f"invented-{C}", 10 if cuda else 1
+    DATASETS[name] = invented_images(C, (8*turn + 1)*batch)
     try:
-        exp = Experiment("cost", name, net, method, epochs=rounds + 1, batch_size=batch, every=rounds + 1, at=(), precision=precision)
-        turns = InTurns(bare_loop(exp, image_data(name), device), torch.cuda.synchronize if str(device).startswith("cuda") else lambda: None)
+        exp = Experiment("cost", name, net, method, epochs=rounds, batch_size=batch, every=rounds, at=(), precision=precision)
+        turns = InTurns(bare_loop(exp, image_data(name), device), turn, torch.cuda.synchronize if cuda else lambda: None)
         defaults.callbacks.append(turns)
         with TemporaryDirectory() as out: run(exp, out, device=device, progress=False)
     finally: defaults.callbacks[:] = [c for c in defaults.callbacks if not isinstance(c, InTurns)]; del DATASETS[name]
-    kept = turns.seconds[1:]  # the first epoch warms up both
-    rate = lambda i: steps*batch / statistics.median(s[i] for s in kept)
-    return dict(net=net, C=C, method=method, precision=precision, device=str(device), steps=steps, runner=rate(0), bare=rate(1), ratio=statistics.median(b/r for r, b in kept))
+    rate = lambda i: turn*batch / statistics.median(s[i] for s in turns.seconds)
+    return dict(net=net, C=C, method=method, precision=precision, device=str(device), turns=len(turns.seconds), runner=rate(0), bare=rate(1),
+                ratio=statistics.median(b/r for r, b in turns.seconds))
 
 def runner_rows(quick=False, device="cpu", rounds=7):
     "Rows of `ngc_cost runner`: images a second of chapter 11's runner and of a bare torch loop, training steps only, in turns."
-    if quick: return [runner_rate("resnet18", 10, 2, 32, "fp32", device, rounds)]
-    return [runner_rate(net, C, 8, 256, "bf16", device, rounds) for net, C in RUNS]
+    if quick: return [runner_rate("resnet18", 10, 16, "fp32", device, rounds)]
+    return [runner_rate(net, C, 256, "bf16", device, rounds) for net, C in RUNS]
 
 # %% ../nbs/13_cost.ipynb #c035
 COMMANDS = {"solver": solver_rows, "adjoint": adjoint_rows, "step": step_rows, "data": data_rows, "runner": runner_rows}
