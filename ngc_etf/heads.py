@@ -197,6 +197,12 @@ def _hardware_differs(device:torch.device)->bool:
     dist.all_gather_object(kinds, _hardware(device))
     return len(set(kinds)) > 1
 
+def _take_rank_0s(U:Tensor):
+    "U becomes that of process 0, in place and outside autograd."
+    theirs = U.detach().contiguous()
+    dist.broadcast(theirs, 0)
+    U.data.copy_(theirs)
+
 # %% ../nbs/05_heads.ipynb #c022
 class NearestETFHead(DirectedHead):
     "At every training step the classifier is the simplex ETF nearest to the class means (Eqs. 7-9); no parameters."
@@ -229,12 +235,13 @@ class NearestETFHead(DirectedHead):
         return F.linear(x, W, -W @ h_G)
 
     def _solve(self, H, first):
+        several = processes() > 1
+        if several and first: _take_rank_0s(self.U_prox)
         U_prox = self.U_prox.to(H)
         if first: U_prox = nearest_etf(H.detach(), solver=self.solver, start=U_prox, validate=False)  # problem (6)
         U = nearest_etf(H if self.ddn_grad else H.detach(), U_prox, self.delta, self.solver, validate=False)
-        if processes() > 1:
-            if self._mixed is None: self._mixed = _hardware_differs(U.device)
-            if self._mixed: dist.broadcast(U.data, 0)  # in place, outside autograd: the adjoint then is that of rank 0's solution
+        if several and self._mixed is None: self._mixed = _hardware_differs(U.device)
+        if several and self._mixed: _take_rank_0s(U)  # the adjoint, which saved U, then is that of rank 0's solution
         W = _rows(U)
         self._store(U, W)
         return W

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ngc_etf.heads as heads
 from ngc_etf.heads import FixedETFHead, NearestETFHead
+from ngc_etf.simplex import haar_direction
 
 D, C, STEPS = 12, 5, 4
 
@@ -126,3 +127,16 @@ def test_other_hardware_takes_rank_0s_direction(kind, tmp_path):
     identical(mixed)
     close(alike[0]["state"], mixed[0]["state"], 1e-12)
     for mine, theirs in zip(alike[0]["grads"], mixed[0]["grads"]): assert torch.allclose(mine, theirs, rtol=0, atol=1e-5) and mine.norm() > 1e-3
+
+
+def haar(d, C): return NearestETFHead(d, C, start=haar_direction(d, C, generator=torch.Generator().manual_seed(dist.get_rank() if dist.is_initialized() else 0)))
+
+
+def test_a_start_of_its_own_on_each_rank(tmp_path):
+    "Each process draws another Haar direction: all take that of rank 0, and equal one process that starts there."
+    sizes = (16, 16)
+    ranks = run(sizes, haar, tmp_path)
+    identical(ranks)
+    one = Net(haar, torch.float64)
+    train(one, joined(sizes, torch.float64, True))
+    close(one.state_dict(), ranks[0]["state"], 1e-5)

@@ -136,7 +136,7 @@ def test_eval_leaves_a_trained_head_alone():
 @pytest.mark.parametrize("ddn_grad", [True, False])
 def test_autocast_and_loss_scaler(dtype, ddn_grad):
     net, opt = fresh(NearestETFHead, ddn_grad=ddn_grad)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024., enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
     for x, y in batches():
         with torch.autocast("cpu", dtype):
             z = net(x, y)
