@@ -103,12 +103,12 @@ def etf(self:Learner)->Head:
     if head is None: raise ValueError("the model has no head of ngc_etf: call learn.to_etf(), or add the callback NearestETF() to the Learner")
     return head
 
-# %% ../nbs/10_callback.ipynb #c038
+# %% ../nbs/10_callback.ipynb #c040
 from fastai.learner import Recorder
 from fastai.torch_core import no_random, to_device
 from .metrics import NeuralCollapse
 
-# %% ../nbs/10_callback.ipynb #c039
+# %% ../nbs/10_callback.ipynb #c041
 @torch.no_grad()
 def measure_collapse(
     model:nn.Module, # ends in one of our heads
@@ -137,7 +137,7 @@ def measure_collapse(
         for m, mode in modes: m.training = mode
     return {"loss": float(loss/n), "top1": float(hits/n)} | {k: float(v) for k, v in metric.compute(lin.weight, lin.bias).items()}
 
-# %% ../nbs/10_callback.ipynb #c040
+# %% ../nbs/10_callback.ipynb #c042
 class CollapseRecorder(Callback):
     "Collapse metrics each `every` epochs and exactly at the epochs in `at`, as one row each in `rows`."
     order = Recorder.order+1
