@@ -80,6 +80,20 @@ def test_vision_learner_predicts_and_is_exported(folder, tmp_path):
     assert loaded.etf.targets is None
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_timm_in_fastai(folder, tmp_path, whole):
+    "As fastai's body with fastai's head, and as a whole network with a classifier of its own."
+    timm = pytest.importorskip("timm", reason="the extra timm is not installed")
+    set_seed(0)
+    dls = ImageDataLoaders.from_folder(folder, valid_pct=.25, seed=0, bs=12, num_workers=0, device="cpu")
+    name, etf = "mobilenetv3_small_050", NearestETF(verbose=False)
+    if whole: learn = Learner(dls, timm.create_model(name, num_classes=C), CrossEntropyLossFlat(), cbs=etf, path=tmp_path)
+    else: learn = vision_learner(dls, name, pretrained=False, normalize=False, cbs=etf, path=tmp_path)
+    quiet(learn).fit(1, 1e-3)
+    assert_etf(learn.etf.weight)
+    assert learn.etf is (learn.model.get_classifier() if whole else learn.model[1][-1])
+
+
 class Watch(Callback):
     "Which parameters moved in each fit?"
     def __init__(self): self.moved = []
