@@ -65,10 +65,11 @@ def said(rows:Rows)->str:
             + (f", test top-1 {last.test_top1:.4f}" if "test_top1" in last else "") + f", NC1 {last.nc1:.3g}, {last.seconds:.0f} s -> {rows.csv}")
 
 def complaint(e:BaseException)->str:
-    "An exception in one line; of one that a worker process raised, the line that matters."
+    "An exception in one line, without what torch and fastai wrap around it."
     lines = str(e).strip().splitlines() or [""]
-    text = lines[-1] if "DataLoader worker" in lines[0] else lines[0]
-    return re.sub(r"^\w+Error: ", "", text) if isinstance(e, (ValueError, OSError)) else f"{type(e).__name__}: {text}"
+    wrapped = "DataLoader worker" in str(e) or lines[0].startswith("Exception occured in")  # by torch, by fastai
+    text = lines[-1] if wrapped else lines[0]
+    return re.sub(r"^\w+Error: ", "", text.strip()) if isinstance(e, (ValueError, OSError)) else f"{type(e).__name__}: {text}"
 
 def run_cells(
     cells,  # of `Experiment`
