@@ -96,7 +96,7 @@ def __getattr__(name):
     if name in _OURS: return _joined(name)
     raise AttributeError(f"module 'ngc_etf.elsewhere' has no attribute {name!r}")
 
-# %% ../nbs/10a_elsewhere.ipynb #c027
+# %% ../nbs/10a_elsewhere.ipynb #c030
 @torch.no_grad()
 def plain(
     model:nn.Module, # holds one of our heads; stays as it is
@@ -114,7 +114,7 @@ def plain(
     model.set_submodule(name, layer.eval())
     return model
 
-# %% ../nbs/10a_elsewhere.ipynb #c030
+# %% ../nbs/10a_elsewhere.ipynb #c033
 def to_onnx(
     model:nn.Module, # holds one of our heads; exported at evaluation
     x:Tensor,        # an example of its input (N, ...), N at least 2
