@@ -23,6 +23,7 @@ import seaborn as sns
 from .data import UFM
 from .experiment import EXPERIMENTS, METHODS, SUITES, Experiment, described
 from .metrics import cross_entropy_floor
+from .paper import TABLES_1_2
 
 # %% ../nbs/12_figures.ipynb #c006
 _KEY = ["experiment", "method", "seed", "epoch"]
@@ -204,41 +205,6 @@ def classes_grow(
     return fig
 
 # %% ../nbs/12_figures.ipynb #c029
-_PAPER = """
-train 50
-cifar10-resnet18  87.42 86.1 89.7   86.89 84.7 88.6   88.71 88.5 89.6
-cifar10-vgg13     93.59 90.7 97.0   76.66 53.9 85.8   95.69 95.2 96.2
-cifar100-resnet50 58.47 53.9 59.6   63.93 61.1 65.2   72.15 70.1 74.1
-cifar100-vgg13    82.00 80.5 84.0   81.14 76.0 81.9   88.39 86.9 89.4
-stl10-resnet50    83.86 84.5 90.7   86.76 77.8 86.8   93.54 91.3 95.3
-stl10-vgg13       82.66 73.7 90.7   83.60 65.6 85.1   90.14 69.2 93.5
-imagenet-resnet50 58.35 58.0 59.1   70.44 69.5 70.7   74.09 73.8 74.5
-train 200
-cifar10-resnet18  96.69 96.5 98.6   97.18 95.6 97.9   98.09 97.9 98.6
-cifar10-vgg13     99.15 97.9 99.8   79.36 59.6 99.1   99.56 99.4 99.7
-cifar100-resnet50 95.87 94.7 98.6   91.34 90.4 92.1   96.96 96.2 97.3
-cifar100-vgg13    99.34 99.2 99.6   94.55 92.5 95.3   98.92 98.8 99.0
-stl10-resnet50    99.42 99.0 99.9   98.38 98.1 99.3   99.72 98.0 99.9
-stl10-vgg13       100.0  100  100   99.92 99.8 99.9   100.0  100  100
-imagenet-resnet50 77.20 76.5 77.3   83.09 83.1 83.6   88.01 87.5 88.5
-test 50
-cifar10-resnet18  80.47 79.4 82.6   80.63 79.4 81.8   81.76 81.4 82.0
-cifar10-vgg13     86.70 83.7 89.4   70.99 50.7 80.7   88.30 87.4 88.7
-cifar100-resnet50 45.91 42.1 46.3   45.37 43.2 45.6   48.38 48.0 49.3
-cifar100-vgg13    60.82 59.3 61.2   60.10 57.1 61.1   62.39 61.8 63.6
-stl10-resnet50    55.41 54.8 58.3   58.11 57.1 60.0   57.56 56.4 59.2
-stl10-vgg13       66.09 60.0 72.3   66.15 52.2 67.7   68.78 56.2 71.3
-imagenet-resnet50 52.64 52.3 53.3   58.85 58.3 59.1   63.40 63.2 63.8
-test 200
-cifar10-resnet18  83.97 83.2 84.8   84.53 83.7 84.9   84.78 84.3 85.1
-cifar10-vgg13     90.34 89.1 91.5   72.48 56.9 90.5   90.98 90.6 91.5
-cifar100-resnet50 51.29 50.4 51.9   48.03 47.7 49.3   50.52 50.2 51.2
-cifar100-vgg13    67.54 66.4 68.1   62.78 61.6 63.4   67.14 66.8 67.6
-stl10-resnet50    63.60 61.8 65.2   64.33 63.9 66.5   62.75 60.7 63.0
-stl10-vgg13       81.61 81.3 81.9   79.53 78.6 80.3   79.94 79.5 80.9
-imagenet-resnet50 60.02 59.8 60.7   61.47 61.4 62.0   65.36 65.0 65.7
-"""
-
 class Cell(NamedTuple):
     "One cell of Table 1 or 2, in percent; the paper's ranges have one decimal."
     median:float
@@ -263,7 +229,7 @@ def _read_paper(text):
         for i, method in enumerate(compared(first)): out[split, first, method, epoch] = Cell(*map(float, rest[3*i:3*i+3]), 5)
     return out
 
-PAPER = _read_paper(_PAPER)
+PAPER = _read_paper(TABLES_1_2)
 TITLES = {"cifar10-resnet18": "CIFAR10/ResNet18", "cifar10-vgg13": "CIFAR10/VGG13", "cifar100-resnet50": "CIFAR100/ResNet50", "cifar100-vgg13": "CIFAR100/VGG13",
           "stl10-resnet50": "STL10/ResNet50", "stl10-vgg13": "STL10/VGG13", "imagenet-resnet50": "ImageNet/ResNet50"}
 
