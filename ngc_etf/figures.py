@@ -99,6 +99,7 @@ LABELS = {"train_loss": "cross-entropy", "test_loss": "test cross-entropy", "tra
 COLOURS = dict(zip(METHODS, sns.color_palette("deep")))
 _LOG = ("train_loss", "test_loss", "nc1", "nc2", "nc3", "equinorm")
 
+# %% ../nbs/12_figures.ipynb #c018
 def curve(
     rows:pd.DataFrame, # rows of one experiment
     metric:str,        # a column of the rows
@@ -136,7 +137,7 @@ def sorted_margins(
     ax.set(xlabel="example, sorted", ylabel="cosine margin")
     return ax
 
-# %% ../nbs/12_figures.ipynb #c020
+# %% ../nbs/12_figures.ipynb #c021
 def panels(
     rows:pd.DataFrame,    # rows of one experiment
     margins:pd.DataFrame, # its sorted margins
@@ -158,7 +159,7 @@ def panels(
     sns.despine(fig)
     return fig
 
-# %% ../nbs/12_figures.ipynb #c023
+# %% ../nbs/12_figures.ipynb #c024
 def epochs_to(
     rows:pd.DataFrame, # rows of one run
     top1:float=.99,    # training accuracy to reach
@@ -190,7 +191,7 @@ def summary(
                     "epochs to 99% train": _spread([epochs_to(r) for r in runs], ".0f"), "NC1": _spread(last("nc1"), ".3g"), "NC3": _spread(last("nc3"), ".3g")})
     return pd.DataFrame(out)
 
-# %% ../nbs/12_figures.ipynb #c026
+# %% ../nbs/12_figures.ipynb #c027
 def classes_grow(
     rows:pd.DataFrame, # of any experiments
     until:int=800,     # last epoch shown
@@ -204,7 +205,7 @@ def classes_grow(
     sns.despine(fig)
     return fig
 
-# %% ../nbs/12_figures.ipynb #c029
+# %% ../nbs/12_figures.ipynb #c030
 class Cell(NamedTuple):
     "One cell of Table 1 or 2, in percent; the paper's ranges have one decimal."
     median:float
@@ -214,7 +215,7 @@ class Cell(NamedTuple):
 
     def __str__(self): return f"{self.median:.2f}" + (f" [{self.least:.1f}, {self.greatest:.1f}]" if self.seeds > 1 else "") + f" ({self.seeds})"
 
-# %% ../nbs/12_figures.ipynb #c031
+# %% ../nbs/12_figures.ipynb #c032
 def compared(
     experiment:str, # a row of the tables, such as "cifar10-vgg13"
 )->tuple:           # three names of `METHODS`
@@ -233,7 +234,7 @@ PAPER = _read_paper(TABLES_1_2)
 TITLES = {"cifar10-resnet18": "CIFAR10/ResNet18", "cifar10-vgg13": "CIFAR10/VGG13", "cifar100-resnet50": "CIFAR100/ResNet50", "cifar100-vgg13": "CIFAR100/VGG13",
           "stl10-resnet50": "STL10/ResNet50", "stl10-vgg13": "STL10/VGG13", "imagenet-resnet50": "ImageNet/ResNet50"}
 
-# %% ../nbs/12_figures.ipynb #c035
+# %% ../nbs/12_figures.ipynb #c036
 _FREE = {"method", "seed", "epochs", "every", "at", "dense", "precision"}
 
 def deviations(
@@ -248,6 +249,7 @@ def of_paper(rows:pd.DataFrame, about:dict)->pd.DataFrame:
     odd = {stem for stem, a in about.items() if set(deviations(a["experiment"])) - _FREE}
     return rows[~(rows.experiment + "/" + rows.method + "-s" + rows.seed.astype(str)).isin(odd)]
 
+# %% ../nbs/12_figures.ipynb #c038
 def accuracy(
     rows:pd.DataFrame, # of any experiments
     split:str,         # "train" or "test"
@@ -272,7 +274,7 @@ def accuracy_table(
                                                                    for epoch in (50, 200) for who in ("ours", "paper")})
     return pd.DataFrame(out)
 
-# %% ../nbs/12_figures.ipynb #c039
+# %% ../nbs/12_figures.ipynb #c042
 def _order(cells):
     "Best first: {method: Cell} as 'a > b = c'."
     best = sorted(cells, key=lambda m: -round(cells[m].median, 2))
@@ -294,7 +296,7 @@ def verdict_table(rows:pd.DataFrame)->pd.DataFrame:
     return pd.DataFrame([{"data set/network": title} | {f"{split} {epoch}": order_verdict({m: accuracy(rows, split, e, m, epoch) for m in compared(e)},
                           {m: PAPER[split, e, m, epoch] for m in compared(e)}) for split in ("train", "test") for epoch in (50, 200)} for e, title in TITLES.items()])
 
-# %% ../nbs/12_figures.ipynb #c042
+# %% ../nbs/12_figures.ipynb #c045
 def coverage(rows:pd.DataFrame, about:dict)->pd.DataFrame:
     "What has been run: each run's last epoch and values."
     out = []
@@ -307,7 +309,7 @@ def coverage(rows:pd.DataFrame, about:dict)->pd.DataFrame:
                     **percent, "changed settings": changed + (" (left out of Tables 1, 2)" if set(odd) - _FREE else "")})
     return pd.DataFrame(out)
 
-# %% ../nbs/12_figures.ipynb #c045
+# %% ../nbs/12_figures.ipynb #c048
 _NOTE = ("Top-1 in percent at epochs 50 and 200: median [least, greatest] (number of seeds). Ours: read from stored rows of exactly that epoch; \"missing\" where no run has one. "
          "The paper's ImageNet/ResNet50 was trained without the gradient through the solver: it stands beside nearest-no-ddn, and our nearest alone.")
 
@@ -324,7 +326,7 @@ def as_html(table:pd.DataFrame)->str:
     "A table as HTML, missing cells marked."
     return as_text(table).to_html(index=False, border=0).replace("<td>missing</td>", '<td class="missing">missing</td>')
 
-# %% ../nbs/12_figures.ipynb #c046
+# %% ../nbs/12_figures.ipynb #c049
 _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", ">": "$>$", "<": "$<$", **{c: "\\" + c for c in "&%$#_{}"}}
 
 def _tex(value, plain):
@@ -348,7 +350,7 @@ def as_latex(
     return "\n".join([r"\begin{table}", r"\centering\small", rf"\caption{{{_tex(None, caption)}}}", rf"\label{{{label}}}", rf"\begin{{tabular}}{{{'l'*len(table.columns)}}}",
                       r"\toprule", head, r"\midrule", *lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
-# %% ../nbs/12_figures.ipynb #c050
+# %% ../nbs/12_figures.ipynb #c053
 def verdict(rows:pd.DataFrame)->str:
     "Which method classified 99% of the training set first: said from the rows, whatever it is."
     first = {m: float(np.median([epochs_to(r) for _, r in g.groupby("seed")])) for m, g in rows.groupby("method", sort=False)}
@@ -359,7 +361,7 @@ def verdict(rows:pd.DataFrame)->str:
     lead = f"First at 99% train accuracy: {' and '.join(best)}, {say(order[0][1])}"
     return lead + "".join(f"; {m} {say(t)}" for m, t in order[len(best):]) + "."
 
-# %% ../nbs/12_figures.ipynb #c052
+# %% ../nbs/12_figures.ipynb #c055
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>ngc_etf {title}</title><style>
 body{{font:16px/1.5 system-ui,sans-serif;max-width:1200px;margin:2rem auto;padding:0 1rem;color:#222}} img{{max-width:100%}} .wide{{overflow-x:auto}} table{{border-collapse:collapse;margin:1rem 0;font-size:.92rem}}
 th,td{{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #ddd;font-variant-numeric:tabular-nums}} th{{background:#f5f5f5}} td:first-child,th:first-child,.verdicts td,.verdicts th,.coverage td,.coverage th,[class*=table] td:nth-child(2),[class*=table] th:nth-child(2){{text-align:left}} .missing{{color:#999}}
@@ -374,7 +376,7 @@ def _picture(fig, alt):
 
 def _wide(table, name=""): return f'<div class="wide {name}">{as_html(table)}</div>'
 
-# %% ../nbs/12_figures.ipynb #c054
+# %% ../nbs/12_figures.ipynb #c057
 def all_tables(rows:pd.DataFrame, about:dict)->dict:
     "{name: (title, caption, table)}: Tables 1 and 2, their verdicts, and what has been run."
     fit = of_paper(rows, about)
@@ -398,7 +400,7 @@ def write_tables(
             out[-1].write_text(text, encoding="utf-8")
     return out
 
-# %% ../nbs/12_figures.ipynb #c055
+# %% ../nbs/12_figures.ipynb #c058
 def _settings(about, name):
     "The descriptions of one experiment's runs, its C and tau; a `ValueError` where they differ."
     told = {stem: a for stem, a in about.items() if stem.startswith(f"{name}/")}
@@ -406,7 +408,7 @@ def _settings(about, name):
     if len(both) > 1: raise ValueError(f"the runs of {name} do not belong together: (C, tau) are {', '.join(map(str, sorted(both)))}")
     return told, *both.pop()
 
-# %% ../nbs/12_figures.ipynb #c057
+# %% ../nbs/12_figures.ipynb #c060
 def _of_all(rows, about):
     "The parts of the report that look at all experiments together."
     out, known = [], set(rows.experiment)
@@ -433,7 +435,7 @@ def html_report(
     path.write_text(_PAGE.format(title="report", lead=lead, body="\n".join(body + _of_all(rows, about))), encoding="utf-8")
     return path
 
-# %% ../nbs/12_figures.ipynb #c060
+# %% ../nbs/12_figures.ipynb #c063
 def gaps(run)->list:
     "What a run's description promises and its rows do not hold."
     try: exp = Experiment(**run["about"]["experiment"])
@@ -459,7 +461,7 @@ def check_rows(
             if last < whole: wrong.append(f"missing for suite {suite}: {stem}" + (f" beyond epoch {last} of {whole}" if last else ""))
     return wrong
 
-# %% ../nbs/12_figures.ipynb #c063
+# %% ../nbs/12_figures.ipynb #c066
 def save_panels(rows, margins, C, tau, path:Path):
     "The panels of one experiment as a PNG file."
     fig = panels(rows, margins, C, tau, relu="test_top1" in rows)
@@ -478,6 +480,7 @@ def report_parser():
     p.add_argument("--seeds", type=int, default=1, help="with --suite: so many seeds of each run (default: 1)")
     return p
 
+# %% ../nbs/12_figures.ipynb #c068
 def print_report(args):
     "What `ngc_report` says and writes; the complaints, with --check."
     wrong = check_rows(args.rows, args.suite, args.seeds) if args.check else []
