@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPER_BODIES', 'strip_affine', 'digits_net', 'Grey', 'body']
 
-# %% ../nbs/09_models.ipynb #c002
+# %% ../nbs/09_models.ipynb #c003
 import importlib.util
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision import models as tvm
 
-# %% ../nbs/09_models.ipynb #c005
+# %% ../nbs/09_models.ipynb #c006
 def strip_affine(
     net:nn.Module,  # changed in place
 )->nn.Module:       # the same network
@@ -26,7 +26,7 @@ def strip_affine(
                              "AGD cannot train this network; use affine=True and another optimiser")
     return net
 
-# %% ../nbs/09_models.ipynb #c008
+# %% ../nbs/09_models.ipynb #c009
 def digits_net(
     width:int=32,     # channels of the first half; the second half has twice as many
     channels:int=1,   # of the images
@@ -37,7 +37,7 @@ def digits_net(
     return nn.Sequential(*block(channels, width), *block(width, width), nn.MaxPool2d(2), *block(width, 2*width), *block(2*width, 2*width),
                          nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
-# %% ../nbs/09_models.ipynb #c011
+# %% ../nbs/09_models.ipynb #c012
 PAPER_BODIES = ("resnet18", "resnet50", "vgg13")  # the networks of Tables 1 and 2
 
 def _torchvision(
@@ -61,13 +61,13 @@ def _timm(
     pretrained:bool,  # with its default weights
 )->tuple:             # network without classifier, d
     "A timm network without its classifier."
-    if not importlib.util.find_spec("timm"): raise ValueError(f"network name='timm:{name}' needs the package timm: pip install timm")
+    if not importlib.util.find_spec("timm"): raise ValueError(f"network name='timm:{name}' needs the package timm: pip install 'ngc_etf[timm]'")
     import timm
     if not timm.is_model(name): raise ValueError(f"timm has no network {name!r}; like it: {', '.join(timm.list_models(f'*{name[:6]}*')[:20]) or 'none'}")
     net = timm.create_model(name, pretrained=pretrained, num_classes=0)
     return net, getattr(net, "head_hidden_size", None) or net.num_features
 
-# %% ../nbs/09_models.ipynb #c012
+# %% ../nbs/09_models.ipynb #c013
 class Grey(nn.Module):
     "Shows a grey image to all channels of a colour network; colour images pass."
     def forward(self,
