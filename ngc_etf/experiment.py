@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'FOLDERS', 'EXPERIMENTS', 'SUITES', 'FORMAT', 'TRACKERS', 'Experiment', 'check_experiment', 'experiment',
-           'Rows', 'described', 'save_margins', 'environment', 'final_margins', 'run_ufm', 'Network', 'team',
-           'SharedBatchNorm', 'share_norms', 'Share', 'measured', 'all_margins', 'Record', 'tracker_callback',
+           'Rows', 'described', 'save_margins', 'environment', 'final_margins', 'run_ufm', 'at_least_float32',
+           'Network', 'team', 'SharedBatchNorm', 'share_norms', 'Share', 'measured', 'Record', 'tracker_callback',
            'open_data', 'parts', 'network', 'restore', 'run_images', 'on_device', 'run', 'clear']
 
 # %% ../nbs/11_experiment.ipynb #c003
@@ -279,14 +279,25 @@ def _row(metrics:dict, part:str="")->dict:
     return {(f"{part or 'train'}_{k}" if part or k in ("loss", "top1") else k): v for k, v in metrics.items()}
 
 @torch.no_grad()
-def final_margins(model:nn.Module, loader)->Tensor:
-    "The cosine margin (Eq. 16) of every sample that a loader yields, in evaluation mode."
+def final_margins(
+    model:nn.Module, # ends in one of our heads
+    loader,          # yields (x, y); with several processes, this one's share
+    world_size:int=1,
+)->Tensor:           # (N,) on the CPU, of all processes
+    "The cosine margin (Eq. 16) of every sample, in evaluation mode."
     head, kept, was = next(m for m in model.modules() if isinstance(m, Head)), [], model.training
-    hook = head.register_forward_pre_hook(lambda m, args: kept.append(m.features(args[0])))
+    hook = head.register_forward_pre_hook(lambda m, args: kept.append(m.features(args[0]).cpu()))
     model.eval()
-    try: y = torch.cat([(model(x), y)[1] for x, y in loader])
+    try: y = torch.cat([(model(x), y)[1].cpu() for x, y in loader])
     finally: hook.remove(); model.train(was)
-    return cosine_margins(torch.cat(kept), y, head.weight)
+    h, W = torch.cat(kept), head.weight.detach()
+    total = torch.cat([h.double().sum(0), torch.tensor([len(h)])]).to(W.device)  # the mean is that of all samples
+    if world_size > 1: dist.all_reduce(total)
+    own = cosine_margins(h, y, W.cpu(), (total[:-1] / total[-1]).to(h))
+    if world_size == 1: return own
+    parts = [None] * world_size
+    dist.all_gather_object(parts, own)
+    return torch.cat(parts)
 
 # %% ../nbs/11_experiment.ipynb #c030
 def run_ufm(exp:Experiment, rows:Rows, device="cpu", progress=True):
@@ -312,6 +323,8 @@ def run_ufm(exp:Experiment, rows:Rows, device="cpu", progress=True):
     save_margins(rows, final_margins(head, [(h.data, y)]))
 
 # %% ../nbs/11_experiment.ipynb #c034
+def at_least_float32(x:Tensor)->Tensor: return x.to(torch.promote_types(x.dtype, torch.float32))
+
 class Network(nn.Module):
     "Body, then head; the body under autocast where the precision is bf16, the head never."
     def __init__(self, body:nn.Module, head:nn.Module, precision:str="fp32"):
@@ -320,10 +333,10 @@ class Network(nn.Module):
 
     def forward(self,
         x:Tensor, # (N, ch, H, W) images
-    )->Tensor:    # (N, C) logits, float32
+    )->Tensor:    # (N, C) logits, float32 or better
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"): h = self.body(x)
-        return self.head(h.float())
+        return self.head(at_least_float32(h))
 
 # %% ../nbs/11_experiment.ipynb #c036
 def team(
@@ -340,7 +353,7 @@ class SharedBatchNorm(nn.BatchNorm2d):
     "BatchNorm without affine parameters over the batch of all processes, on any device."
     def forward(self, x:Tensor)->Tensor:
         if not self.training: return super().forward(x)
-        x, wide = x.float(), (1, -1, 1, 1)
+        x, wide = at_least_float32(x), (1, -1, 1, 1)
         *total, n = all_reduce(torch.cat([x.sum((0, 2, 3)), x.new_tensor([x.numel() / x.shape[1]])])).split([x.shape[1], 1])
         mean = total[0] / n
         var = all_reduce((x - mean.view(wide)).square().sum((0, 2, 3))) / n
@@ -375,14 +388,6 @@ def measured(net:Network, loader)->dict:
     dist.all_reduce(t)
     return out | {"loss": float(t[1] / t[0]), "top1": float(t[2] / t[0])}
 
-def all_margins(net:Network, loader)->Tensor:
-    "`final_margins` over the shares of all processes."
-    own = final_margins(net, loader)
-    if loader.world_size == 1: return own
-    parts = [None] * loader.world_size
-    dist.all_gather_object(parts, own.cpu())
-    return torch.cat(parts)
-
 # %% ../nbs/11_experiment.ipynb #c040
 class Record(Callback):
     "Evaluate when due, write rows and a checkpoint each epoch, show one bar."
@@ -408,7 +413,7 @@ class Record(Callback):
             self.recorder.metric_names, self.recorder.log = ["epoch", "seconds", *values, "time"], [epoch, seconds, *values.values(), seconds]
             self.bar.set_postfix(loss=f"{values['train_loss']:.3f}", top1=f"{values['train_top1']:.3f}", test=f"{values['test_top1']:.3f}", nc1=f"{values['nc1']:.2g}")
             self.rows.save()
-            if epoch == self.exp.epochs: save_margins(self.rows, all_margins(self.net, self.loaders["train_eval"]))
+            if epoch == self.exp.epochs: save_margins(self.rows, final_margins(self.net, self.loaders["train_eval"], self.loaders["test"].world_size))
         loader = {k: l.state_dict() for k, l in self.loaders.items()}
         self.rows.checkpoint(epoch=epoch, model=self.net.state_dict(), opt=self.opt.opt.state_dict(), loader=loader, rng=torch.get_rng_state(), seconds=seconds)
 
