@@ -77,6 +77,7 @@ def check_page(out, s, name):
     if re.search(r'<span class="math [^"]*">(?!\s*<math)', s): raise Problem(f"{name}: an equation was left as TeX")
     if m := re.search(r'<(?:script|img|link|iframe)\b[^>]*\b(?:src|href)="(?:https?:)?//[^"]*"', s): raise Problem(f"{name}: loads from the network: {m[0]}")
     text = re.sub(r"<(head|script|style|pre|code|math)\b.*?</\1>", "", s, flags=re.S)
+    if re.search(r"\]\(https?://", re.sub(r"<script\b.*?</script>", "", s, flags=re.S)): raise Problem(f"{name}: a link was left as text")
     if m := re.search(r"\$[^$<>\n]{0,80}\\[a-zA-Z]+|\\(?:frac|mathbf|lVert|tilde|bar|top)\b", text): raise Problem(f"{name}: TeX outside an equation (in a heading write Unicode): {m[0]!r}")
     for link, anchor in set(re.findall(r'\b(?:href|src)="([^"#?:]*)(?:#([^"?]*))?"', s)):
         f = out/(link or name)
@@ -104,7 +105,8 @@ def docs(root=ROOT):
     if missing := [p for p in pages if not (out/out_name(p)).exists()]: raise Problem(f"no page was made of {', '.join(missing)}")
     online = get_config(cfg_name="settings.ini", path=root)
     online = f'href="{online.doc_host}{online.doc_baseurl}/'  # where nbdev links a symbol to: a site that is read offline links to itself
-    done = {f: mathml(f.name, f.read_text(encoding="utf-8")).replace(online, 'href="') for f in sorted(out.glob("*.html"))}
+    link = rf"\[`([^`\]]+)`\]\({re.escape(online[6:])}[^)]*\)"  # in a signature's comments links stay text
+    done = {f: re.sub(link, r"`\1`", mathml(f.name, f.read_text(encoding="utf-8"))).replace(online, 'href="') for f in sorted(out.glob("*.html"))}
     for f, s in done.items(): f.write_text(s.replace("</head>", '<link rel="stylesheet" href="site.css"></head>', 1), encoding="utf-8")
     for f, s in done.items(): check_page(out, s, f.name)
     print(f"{len(done)} pages: {out/'index.html'}")
