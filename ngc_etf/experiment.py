@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'FOLDERS', 'EXPERIMENTS', 'SUITES', 'FORMAT', 'TRACKERS', 'Experiment', 'check_experiment', 'experiment',
            'Rows', 'described', 'save_margins', 'environment', 'final_margins', 'run_ufm', 'at_least_float32',
            'Network', 'team', 'SharedBatchNorm', 'share_norms', 'Share', 'measured', 'Record', 'tracker_callback',
-           'open_data', 'parts', 'network', 'restore', 'run_images', 'on_device', 'run', 'clear']
+           'open_data', 'parts', 'network', 'restore', 'run_images', 'clear', 'on_device', 'run']
 
 # %% ../nbs/11_experiment.ipynb #c003
 import atexit, dataclasses, importlib.util, json, os, platform, subprocess, time
@@ -507,7 +507,12 @@ def run_images(exp:Experiment, rows:Rows, data, device="cpu", progress=True, wor
     with learn.no_bar(), learn.no_logging():
         if begun < exp.epochs: learn.fit(exp.epochs - begun, cbs=[NearestETF(verbose=False), record, *cbs])
 
-# %% ../nbs/11_experiment.ipynb #c050
+# %% ../nbs/11_experiment.ipynb #c049
+def clear(rows:Rows):
+    "Take the files of a run away."
+    for f in (rows.ckpt, rows.csv, rows.json, rows.margins): f.unlink(missing_ok=True)
+
+# %% ../nbs/11_experiment.ipynb #c051
 def on_device(
     device:str=None, # "cpu", "cuda", "cuda:1"..., or None
 )->str:
@@ -519,6 +524,7 @@ def on_device(
     if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count(): raise ValueError(f"device {device!r} was asked for, but torch sees {torch.cuda.device_count()} GPUs here")
     return device
 
+# %% ../nbs/11_experiment.ipynb #c052
 def run(
     exp:Experiment,       # what to run
     out="results",        # folder for the rows
@@ -550,7 +556,3 @@ def run(
             if rows.write: rows.ckpt.unlink(missing_ok=True)
     except TorchDynamoException as e: raise ValueError(f"torch.compile does not work here ({type(e).__name__}: {str(e).strip().splitlines()[0]}): leave --compile out") from e
     return rows
-
-def clear(rows:Rows):
-    "Take the files of a run away."
-    for f in (rows.ckpt, rows.csv, rows.json, rows.margins): f.unlink(missing_ok=True)
