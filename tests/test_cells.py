@@ -1,10 +1,11 @@
 "Every (data set, network, method) of Tables 1 and 2, two steps at tiny sizes from files in their real format, unbroken and resumed."
-import copy, shutil, time
+import copy, os, shutil, time
 from functools import cache
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from ngc_etf.experiment import SUITES, Rows, experiment, run
@@ -22,6 +23,14 @@ def write_imagenet(root, C=1000, side=12):
         for c in range(C):
             (folder := root/"imagenet"/split/f"n{c:08d}").mkdir(parents=True)
             Image.fromarray(rng.integers(0, 256, (side, side + 2, 3), dtype=np.uint8)).save(folder/f"n{c:08d}_1.JPEG")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_cores():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(2, os.cpu_count()))
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
