@@ -173,7 +173,7 @@ def estimate(
             step, evaluate = image_steps(exp, device, C, channels, size, compile)
         rate, eval_rate = (batch / seconds_each(f, device, n) for f in (step, evaluate))
     seconds = exp.epochs * train / rate + evaluations * (train + test) / eval_rate
-    return {"cell": exp.stem, "images/s": round(rate), "hours": round(seconds / 3600, 2), "GB": round(peak.gigabytes + held / 2**30, 2), "on": str(device)}
+    return {"cell": exp.stem, "images/s": round(rate), "hours": float(f"{seconds / 3600:.2g}"), "GB": round(peak.gigabytes + held / 2**30, 2), "on": str(device)}
 
 # %% ../nbs/11a_suite.ipynb #c017
 class Job:
