@@ -134,6 +134,7 @@ def sorted_margins(
         if group.seed.nunique() > 1: ax.fill_between(by.min().index, by.min(), by.max(), color=COLOURS.get(method), alpha=.2, lw=0)
     if level is not None: ax.axhline(level, color="k", ls=":", lw=1)
     if not len(margins): ax.text(.5, .5, "missing: no margins", transform=ax.transAxes, ha="center")
+    ax.xaxis.set_major_locator(plt.MaxNLocator(4, integer=True))
     ax.set(xlabel="example, sorted", ylabel="cosine margin")
     return ax
 
@@ -155,7 +156,7 @@ def panels(
         else: curve(rows, name, ax, levels.get(name))
         if relu and name == "train_loss": ax.axhline(cross_entropy_floor(C, tau, relu=True), color="k", ls="--", lw=1)
         ax.set_title(f"({letter}) {LABELS.get(name, 'cosine margin of each example')}", fontsize=10)
-    axes.flat[0].legend(frameon=False)
+    fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
     sns.despine(fig)
     return fig
 
