@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'FOLDERS', 'EXPERIMENTS', 'SUITES', 'FORMAT', 'TRACKERS', 'Experiment', 'check_experiment', 'experiment',
-           'Rows', 'described', 'save_margins', 'environment', 'final_margins', 'run_ufm', 'at_least_float32',
-           'Network', 'team', 'SharedBatchNorm', 'share_norms', 'Share', 'measured', 'Record', 'tracker_callback',
-           'open_data', 'parts', 'network', 'restore', 'run_images', 'clear', 'on_device', 'run']
+           'Rows', 'described', 'save_margins', 'environment', 'final_margins', 'run_ufm', 'Network', 'team',
+           'SharedBatchNorm', 'share_norms', 'Share', 'measured', 'Record', 'tracker_callback', 'open_data', 'parts',
+           'network', 'restore', 'run_images', 'clear', 'on_device', 'run']
 
 # %% ../nbs/11_experiment.ipynb #c003
 import atexit, dataclasses, importlib.util, json, os, platform, subprocess, time
@@ -39,6 +39,7 @@ from .data import DATASETS, UFM, FolderData, balanced_labels, folder_data, folde
 from .heads import FixedETFHead, Head, NearestETFHead, StandardHead
 from .metrics import cosine_margins
 from .models import body
+from .nearest import at_least_float32
 
 # %% ../nbs/11_experiment.ipynb #c004
 try: import fcntl  # locks; not on Windows
@@ -281,10 +282,10 @@ def _row(metrics:dict, part:str="")->dict:
 @torch.no_grad()
 def final_margins(
     model:nn.Module, # ends in one of our heads
-    loader,          # yields (x, y); with several processes, this one's share
-    world_size:int=1,
+    loader,          # yields (x, y); with several processes (its `world_size`), this one's share
 )->Tensor:           # (N,) on the CPU, of all processes
     "The cosine margin (Eq. 16) of every sample, in evaluation mode."
+    world_size = getattr(loader, "world_size", 1)
     head, kept, was = next(m for m in model.modules() if isinstance(m, Head)), [], model.training
     hook = head.register_forward_pre_hook(lambda m, args: kept.append(m.features(args[0]).cpu()))
     model.eval()
@@ -323,8 +324,6 @@ def run_ufm(exp:Experiment, rows:Rows, device="cpu", progress=True):
     save_margins(rows, final_margins(head, [(h.data, y)]))
 
 # %% ../nbs/11_experiment.ipynb #c034
-def at_least_float32(x:Tensor)->Tensor: return x.to(torch.promote_types(x.dtype, torch.float32))
-
 class Network(nn.Module):
     "Body, then head; the body under autocast where the precision is bf16, the head never."
     def __init__(self, body:nn.Module, head:nn.Module, precision:str="fp32"):
@@ -413,7 +412,7 @@ class Record(Callback):
             self.recorder.metric_names, self.recorder.log = ["epoch", "seconds", *values, "time"], [epoch, seconds, *values.values(), seconds]
             self.bar.set_postfix(loss=f"{values['train_loss']:.3f}", top1=f"{values['train_top1']:.3f}", test=f"{values['test_top1']:.3f}", nc1=f"{values['nc1']:.2g}")
             self.rows.save()
-            if epoch == self.exp.epochs: save_margins(self.rows, final_margins(self.net, self.loaders["train_eval"], self.loaders["test"].world_size))
+            if epoch == self.exp.epochs: save_margins(self.rows, final_margins(self.net, self.loaders["train_eval"]))
         loader = {k: l.state_dict() for k, l in self.loaders.items()}
         self.rows.checkpoint(epoch=epoch, model=self.net.state_dict(), opt=self.opt.opt.state_dict(), loader=loader, rng=torch.get_rng_state(), seconds=seconds)
 
