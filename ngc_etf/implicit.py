@@ -11,6 +11,7 @@ __all__ = ['rvec', 'rvech', 'commutation_matrix', 'elimination_matrix', 'objecti
 import torch
 from torch import Tensor
 
+from .lapack import eigh
 from .nearest import polar_vjp
 from .simplex import check_classes, standard_etf
 
@@ -179,7 +180,7 @@ def ddn_vjp(
     "Stage 3, Proposition 1 without Kronecker products: v' Dy in O(dC + C²) memory."
     _check_problem(H, U, U_prox, delta)
     if v.shape != H.shape: raise ValueError(f"v must have H's shape {tuple(H.shape)}, got {tuple(v.shape)}")
-    s, V = torch.linalg.eigh(_block(H, U, U_prox, delta))
+    s, V = eigh(_block(H, U, U_prox, delta))
     dP = polar_vjp(U, s.clamp(min=0), V, v)
     return (dP - dP.mean(1, keepdim=True)) * (2 / (H.shape[1]-1)**.5)
 

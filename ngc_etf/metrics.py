@@ -14,6 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from fastcore.basics import patch
 
+from .lapack import eigh, svd
 from .simplex import check_classes, standard_etf
 
 # %% ../nbs/06_metrics.ipynb #c005
@@ -67,7 +68,7 @@ def _centre(means, n):
 # %% ../nbs/06_metrics.ipynb #c013
 def _dual(H_bar, size, eps, rtol=None):
     "T (d, r) with TT' = (H̄H̄')†, through the C x C matrix H̄'H̄; None when the means coincide to rounding (`size`: mean |h|²)."
-    lam, V = torch.linalg.eigh(H_bar.mT @ H_bar)
+    lam, V = eigh(H_bar.mT @ H_bar)
     if lam[-1] <= (8 * eps)**2 * size: return None
     rtol = max(H_bar.shape) * torch.finfo(torch.float64).eps if rtol is None else rtol
     return H_bar @ (V / lam)[:, lam > rtol * lam[-1]]
@@ -203,7 +204,7 @@ def numerical_rank(
     A:Tensor, # any matrix
 )->Tensor:    # scalar between 1 and the rank; nan for A = 0
     "(nuclear norm / Frobenius norm)²: counts directions by their weight."
-    s = torch.linalg.svdvals(_matrix(A, "A", None, None))
+    s = svd(_matrix(A, "A", None, None))[1]
     return (s.sum() / s.norm())**2
 
 # %% ../nbs/06_metrics.ipynb #c037

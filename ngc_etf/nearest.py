@@ -9,7 +9,6 @@ __all__ = ['SOLVERS', 'etf_problem', 'trust_region', 'procrustes_target', 'polar
 from collections import deque
 from contextlib import contextmanager, nullcontext
 from math import isfinite
-import warnings
 
 import numpy as np
 import pymanopt
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .lapack import eigh, qr, svd, warn_once
 from .simplex import canonical_direction, check_classes
 
 # %% ../nbs/03_nearest.ipynb #c007
@@ -69,7 +69,7 @@ def procrustes_target(
 
 # %% ../nbs/03_nearest.ipynb #c022
 def _svd(P):
-    Q, s, Vh = torch.linalg.svd(P, full_matrices=False)
+    Q, s, Vh = svd(P)
     return Q @ Vh, s, Vh.mT
 
 def _linalg_polar(P):
@@ -79,7 +79,7 @@ def _linalg_polar(P):
 # %% ../nbs/03_nearest.ipynb #c024
 def _gram(P):
     G = P.double()
-    w, V = torch.linalg.eigh(G.mT @ G)
+    w, V = eigh(G.mT @ G)
     if w[0] < w[-1] * (1e-6 if P.dtype == torch.float64 else 1e-9): return _svd(P)
     s = w.sqrt()
     X = G if w[0] < w[-1] * 1e-3 else P
@@ -120,11 +120,11 @@ def _negligible(s, d):
     return s.max() * 10 * torch.finfo(s.dtype).eps * d**.5
 
 def _complete(P, start):
-    Q, s, Vh = torch.linalg.svd(P.double(), full_matrices=False)
+    Q, s, Vh = svd(P.double())
     r = int((s.to(P.dtype) > _negligible(s.to(P.dtype), len(P))).sum())
     seen, V0 = Q[:, :r], Vh[r:].mT
     part = start.detach().double() @ V0
-    N = torch.linalg.qr(torch.cat([seen, part], 1))[0][:, r:]
+    N = qr(torch.cat([seen, part], 1))[0][:, r:]
     W = N @ _svd(N.mT @ part)[0]
     s[r:] = 0
     return tuple(X.to(P.dtype) for X in (seen @ Vh[:r] + W @ V0.mT, s, Vh.mT))
@@ -155,11 +155,6 @@ def _exact(P):
 _SOLVE = {"svd": _svd, "gram": _gram, "newton_schulz": _newton_schulz, "polar": _linalg_polar}
 SOLVERS = ("auto", *_SOLVE, "trust_region")
 _AUTO = {"cpu": "gram", "cuda": "newton_schulz"}  # by device; `ngc_cost solver` measures it
-_warned = set()
-
-def _warn_once(key, message):
-    if key not in _warned: warnings.warn(message, RuntimeWarning, stacklevel=4)
-    _warned.add(key)
 
 def _solve(P, solver="auto"):
     first = _AUTO.get(P.device.type, "svd") if solver == "auto" else solver
@@ -170,7 +165,7 @@ def _solve(P, solver="auto"):
             reason = "non-finite result"
         except torch.OutOfMemoryError: raise
         except RuntimeError as e: reason = str(e)
-        _warn_once(name, f"solver {name!r} failed on a {tuple(P.shape)} problem ({reason}); trying the next")
+        warn_once(name, f"solver {name!r} failed on a {tuple(P.shape)} problem ({reason}); trying the next")
     raise RuntimeError(f"no solver could find the polar factor of a {tuple(P.shape)} matrix: are its entries finite?")
 
 # %% ../nbs/03_nearest.ipynb #c038
@@ -227,7 +222,7 @@ class _Polar(torch.autograd.Function):
             S = U.mT @ rest[0]
             S = (S + S.mT) / 2
             if _deferred(U): return _polar_vjp_products(U, S, v), None
-            s, V = torch.linalg.eigh(S)
+            s, V = eigh(S)
             return polar_vjp(U, s.clamp(min=0), V, v), None
 
 # %% ../nbs/03_nearest.ipynb #c043
@@ -262,7 +257,7 @@ class _Flags:
             if bad_input: raise ValueError("H (or U_prox) had non-finite entries at an earlier call; every entry must be finite")
             if bad_result:
                 _AUTO["cuda"] = "gram"
-                _warn_once("flag", "newton_schulz had not converged at an earlier call (condition number beyond 1e6): auto is 'gram' from now on")
+                warn_once("flag", "newton_schulz had not converged at an earlier call (condition number beyond 1e6): auto is 'gram' from now on")
 
 _flags = _Flags()
 

@@ -9,6 +9,8 @@ __all__ = ['check_classes', 'centring', 'standard_etf', 'simplex_etf', 'canonica
 import torch
 from torch import Tensor
 
+from .lapack import qr
+
 # %% ../nbs/01_simplex.ipynb #c005
 def check_classes(
     C:int,       # number of classes
@@ -78,6 +80,6 @@ def haar_direction(
     check_classes(C, d)
     where = generator.device if generator is not None else device
     A = torch.randn(d, C, generator=generator, device=where, dtype=torch.float64)
-    Q, R = torch.linalg.qr(A)
+    Q, R = qr(A)
     U = Q * R.diagonal().sign()
     return U.to(dtype=dtype or torch.get_default_dtype(), device=device)
