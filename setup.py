@@ -1,4 +1,5 @@
 "Packaging: every fact is read from settings.ini, so there is one place to change it."
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -9,7 +10,8 @@ config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
-if cfg["license"] != "apache2": raise SystemExit("setup.py knows only the Apache-2.0 license")
+if cfg["license"] != "apache2":
+    raise SystemExit("setup.py knows only the Apache-2.0 license")
 
 setup(
     name=cfg["lib_name"],
@@ -26,7 +28,8 @@ setup(
     include_package_data=True,
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()} | {k[len("extra_"):]: v.split() for k, v in cfg.items() if k.startswith("extra_")},
+    extras_require={"dev": cfg["dev_requirements"].split()}
+    | {k[len("extra_") :]: v.split() for k, v in cfg.items() if k.startswith("extra_")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

@@ -1,10 +1,21 @@
 """Builds what is generated from the notebooks besides the package.
 
-    project.py docs             the site, into _docs
-    project.py readme           README.md, from nbs/index.ipynb
-    project.py readme --check   only says whether README.md is in step
+project.py docs             the site, into _docs
+project.py readme           README.md, from nbs/index.ipynb
+project.py names            ngc_etf/__init__.py, from the modules' own lists of public names
+project.py readme --check   only says whether README.md is in step; likewise names --check
 """
-import argparse, html, json, os, re, shutil, subprocess, sys
+
+import argparse
+import ast
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -20,14 +31,18 @@ pre, pre code {{ font-size: .82rem; }}
 """
 
 
-class Problem(Exception): "Something a reader of the site would stumble over; its text is the one line shown."
+class Problem(Exception):
+    "Something a reader of the site would stumble over; its text is the one line shown."
 
 
 def listed(config):
     "Every page named anywhere in the sidebar of `_quarto.yml`."
+
     def walk(x):
-        if isinstance(x, str): return [x] if x.endswith(".ipynb") else []
+        if isinstance(x, str):
+            return [x] if x.endswith(".ipynb") else []
         return [p for v in (x.values() if isinstance(x, dict) else x) for p in walk(v)]
+
     return walk(config["website"]["sidebar"]["contents"])
 
 
@@ -38,22 +53,27 @@ def out_name(notebook):
 
 def check_listed(root):
     "The pages of the sidebar, which must be exactly the notebooks."
-    pages = listed(yaml.safe_load((root/"_quarto.yml").read_text(encoding="utf-8")))
-    there = {p.name for p in (root/"nbs").glob("*.ipynb")}
-    if missing := [p for p in pages if p not in there]: raise Problem(f"_quarto.yml lists pages that do not exist: {', '.join(missing)}")
-    if unlisted := sorted(there - set(pages)): raise Problem(f"notebooks that _quarto.yml does not list: {', '.join(unlisted)}")
+    pages = listed(yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8")))
+    there = {p.name for p in (root / "nbs").glob("*.ipynb")}
+    if missing := [p for p in pages if p not in there]:
+        raise Problem(f"_quarto.yml lists pages that do not exist: {', '.join(missing)}")
+    if unlisted := sorted(there - set(pages)):
+        raise Problem(f"notebooks that _quarto.yml does not list: {', '.join(unlisted)}")
     return pages
 
 
 # ---- the site
 
+
 def rename_pages(proc, pages):
     "Name the processed notebooks as nbdev links to them; smalldocs does not read `output-file`."
     names = {p: out_name(p).replace(".html", ".ipynb") for p in pages}
-    for old, new in names.items(): (proc/old).rename(proc/new)
-    for f in [proc/"_quarto.yml", *(proc/n for n in names.values())]:
+    for old, new in names.items():
+        (proc / old).rename(proc / new)
+    for f in [proc / "_quarto.yml", *(proc / n for n in names.values())]:
         s = f.read_text(encoding="utf-8")
-        for old, new in names.items(): s = re.sub(rf"(?<![\w/]){re.escape(old)}", new, s)
+        for old, new in names.items():
+            s = re.sub(rf"(?<![\w/]){re.escape(old)}", new, s)
         s = re.sub(r'^\s*"output-file: [^\n]*\n|^\s*html-math-method:[^\n]*\n', "", s, flags=re.M)
         f.write_text(s, encoding="utf-8")
 
@@ -61,28 +81,43 @@ def rename_pages(proc, pages):
 def mathml(page, s):
     "The page with every equation as MathML, which browsers set by themselves: no script, no network."
     from math_core import LatexError, LatexToMathML
+
     convert = LatexToMathML(annotation=True, fancy_error=False).convert_with_local_state
+
     def one(m):
         kind, tex = m[1], html.unescape(m[2])
         tex = re.sub(r"^\\[(\[]|\\[)\]]$", "", tex).strip()
-        if r"\tag" in tex: tex = rf"\begin{{equation}}{tex}\end{{equation}}"
-        try: return f'<span class="math {kind}">{convert(tex, displaystyle=kind == "display")}</span>'
-        except LatexError as e: raise Problem(f"{page}: cannot set the equation {tex!r}: {e}") from None
+        if r"\tag" in tex:
+            tex = rf"\begin{{equation}}{tex}\end{{equation}}"
+        try:
+            return f'<span class="math {kind}">{convert(tex, displaystyle=kind == "display")}</span>'
+        except LatexError as e:
+            raise Problem(f"{page}: cannot set the equation {tex!r}: {e}") from None
+
     s = re.sub(r'<span class="math (inline|display)">(.*?)</span>', one, s, flags=re.S)
     return re.sub(r'<(link|script)[^>]*\bkatex@[^>]*>(</script>)?\s*', "", s)
 
 
 def check_page(out, s, name):
     "Raise unless the page stands alone: equations set, nothing loaded from elsewhere, links that lead somewhere."
-    if re.search(r'<span class="math [^"]*">(?!\s*<math)', s): raise Problem(f"{name}: an equation was left as TeX")
-    if m := re.search(r'<(?:script|img|link|iframe)\b[^>]*\b(?:src|href)="(?:https?:)?//[^"]*"', s): raise Problem(f"{name}: loads from the network: {m[0]}")
+    if re.search(r'<span class="math [^"]*">(?!\s*<math)', s):
+        raise Problem(f"{name}: an equation was left as TeX")
+    if m := re.search(r'<(?:script|img|link|iframe)\b[^>]*\b(?:src|href)="(?:https?:)?//[^"]*"', s):
+        raise Problem(f"{name}: loads from the network: {m[0]}")
     text = re.sub(r"<(head|script|style|pre|code|math)\b.*?</\1>", "", s, flags=re.S)
-    if re.search(r"\]\(https?://", re.sub(r"<script\b.*?</script>", "", s, flags=re.S)): raise Problem(f"{name}: a link was left as text")
-    if m := re.search(r"\$[^$<>\n]{0,80}\\[a-zA-Z]+|\\(?:frac|mathbf|lVert|tilde|bar|top)\b", text): raise Problem(f"{name}: TeX outside an equation (in a heading write Unicode): {m[0]!r}")
+    if re.search(r"\]\(https?://", re.sub(r"<script\b.*?</script>", "", s, flags=re.S)):
+        raise Problem(f"{name}: a link was left as text")
+    if m := re.search(r"\$[^$<>\n]{0,80}\\[a-zA-Z]+|\\(?:frac|mathbf|lVert|tilde|bar|top)\b", text):
+        raise Problem(f"{name}: TeX outside an equation (in a heading write Unicode): {m[0]!r}")
     for link, anchor in set(re.findall(r'\b(?:href|src)="([^"#?:]*)(?:#([^"?]*))?"', s)):
-        f = out/(link or name)
-        if not f.exists(): raise Problem(f"{name}: broken link {link}")
-        if anchor and f.suffix == ".html" and f'id="{html.unescape(unquote(anchor))}"' not in f.read_text(encoding="utf-8"):
+        f = out / (link or name)
+        if not f.exists():
+            raise Problem(f"{name}: broken link {link}")
+        if (
+            anchor
+            and f.suffix == ".html"
+            and f'id="{html.unescape(unquote(anchor))}"' not in f.read_text(encoding="utf-8")
+        ):
             raise Problem(f"{name}: broken link {link}#{anchor}")
 
 
@@ -91,28 +126,43 @@ def docs(root=ROOT):
     import ziamath  # for its font alone, so that equations look the same on every system
     from nbdev.config import get_config
     from nbdev.serve import proc_nbs
-    pages, proc, out = check_listed(root), root/"_proc", root/"_docs"
-    os.environ["PYTHONWARNINGS"] = "ignore:Found cells containing imports"  # a seed beside the imports is welcome
-    proc_nbs(str(root/"nbs"), force=True, n_workers=2)
-    if shutil.which("quarto"): subprocess.run(["quarto", "render", str(proc), "--no-cache"], check=True)
+
+    pages, proc, out = check_listed(root), root / "_proc", root / "_docs"
+    os.environ["PYTHONWARNINGS"] = (
+        "ignore:Found cells containing imports"  # a seed beside the imports is welcome
+    )
+    proc_nbs(str(root / "nbs"), force=True, n_workers=2)
+    if shutil.which("quarto"):
+        subprocess.run(["quarto", "render", str(proc), "--no-cache"], check=True)
     else:
         rename_pages(proc, pages)
-        subprocess.run([sys.executable, "-m", "smalldocs.cli", "render", "--strict", "--quiet", str(proc)], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "smalldocs.cli", "render", "--strict", "--quiet", str(proc)], check=True
+        )
     shutil.rmtree(out, ignore_errors=True)
-    shutil.move(proc/"_docs", out)
-    (out/"site.css").write_text(CSS)
-    shutil.copy(Path(ziamath.__file__).parent/"fonts"/FONT, out)
-    if missing := [p for p in pages if not (out/out_name(p)).exists()]: raise Problem(f"no page was made of {', '.join(missing)}")
+    shutil.move(proc / "_docs", out)
+    (out / "site.css").write_text(CSS)
+    shutil.copy(Path(ziamath.__file__).parent / "fonts" / FONT, out)
+    if missing := [p for p in pages if not (out / out_name(p)).exists()]:
+        raise Problem(f"no page was made of {', '.join(missing)}")
     online = get_config(cfg_name="settings.ini", path=root)
     online = f'href="{online.doc_host}{online.doc_baseurl}/'  # where nbdev links a symbol to: a site that is read offline links to itself
     link = rf"\[`([^`\]]+)`\]\({re.escape(online[6:])}[^)]*\)"  # in a signature's comments links stay text
-    done = {f: re.sub(link, r"`\1`", mathml(f.name, f.read_text(encoding="utf-8"))).replace(online, 'href="') for f in sorted(out.glob("*.html"))}
-    for f, s in done.items(): f.write_text(s.replace("</head>", '<link rel="stylesheet" href="site.css"></head>', 1), encoding="utf-8")
-    for f, s in done.items(): check_page(out, s, f.name)
-    print(f"{len(done)} pages: {out/'index.html'}")
+    done = {
+        f: re.sub(link, r"`\1`", mathml(f.name, f.read_text(encoding="utf-8"))).replace(online, 'href="')
+        for f in sorted(out.glob("*.html"))
+    }
+    for f, s in done.items():
+        f.write_text(
+            s.replace("</head>", '<link rel="stylesheet" href="site.css"></head>', 1), encoding="utf-8"
+        )
+    for f, s in done.items():
+        check_page(out, s, f.name)
+    print(f"{len(done)} pages: {out / 'index.html'}")
 
 
 # ---- README.md
+
 
 def readme_text(root=ROOT):
     "README.md as `nbs/index.ipynb` has it, with links and pictures that work from the top of the repository."
@@ -121,32 +171,122 @@ def readme_text(root=ROOT):
     from nbdev.process import NBProcessor
     from nbdev.processors import FilterDefaults, add_links
     import nbformat
-    nb = read_nb(root/"nbs"/"index.ipynb")
+
+    nb = read_nb(root / "nbs" / "index.ipynb")
     NBProcessor(nb=nb, procs=[p for p in FilterDefaults().base_procs() if p is not add_links]).process()
     front = yaml.safe_load("".join(nb.cells[0].source).strip().strip("-"))
-    cells = [{k: v for k, v in c.items() if k in ("cell_type", "metadata", "source", "outputs", "execution_count")} for c in nb.cells[1:]]
-    for c in cells: c["source"] = re.sub(r"^#\|.*\n?", "", "".join(c["source"]), flags=re.M)
-    body, res = MarkdownExporter().from_notebook_node(nbformat.reads(json.dumps({"cells": cells, "metadata": nb.metadata, "nbformat": 4, "nbformat_minor": 4}), as_version=4))
-    if res["outputs"]: raise Problem("nbs/index.ipynb stores a picture in an output; GitHub shows only files: save it under nbs/images and link it")
+    cells = [
+        {k: v for k, v in c.items() if k in ("cell_type", "metadata", "source", "outputs", "execution_count")}
+        for c in nb.cells[1:]
+    ]
+    for c in cells:
+        c["source"] = re.sub(r"^#\|.*\n?", "", "".join(c["source"]), flags=re.M)
+    body, res = MarkdownExporter().from_notebook_node(
+        nbformat.reads(
+            json.dumps({"cells": cells, "metadata": nb.metadata, "nbformat": 4, "nbformat_minor": 4}),
+            as_version=4,
+        )
+    )
+    if res["outputs"]:
+        raise Problem(
+            "nbs/index.ipynb stores a picture in an output; GitHub shows only files: save it under nbs/images and link it"
+        )
     s = f"# {front['title']}\n\n> {front['description']}\n\n{body}"
     s = re.sub(r"(\]\(|src=\")(?=(?:images/|[\w.-]+\.ipynb))", r"\1nbs/", s)
     for link in re.findall(r"(?:\]\(|src=\")(nbs/[^)\"#]+)", s):
-        if not (root/link).exists(): raise Problem(f"README.md would link to {link}, which does not exist")
+        if not (root / link).exists():
+            raise Problem(f"README.md would link to {link}, which does not exist")
     return re.sub(r"[ \t]+$", "", re.sub(r"\n{3,}", "\n\n", s), flags=re.M).strip() + "\n"
 
 
 def readme(root=ROOT, check=False):
     "Write README.md, or with `check` only compare."
-    new, f = readme_text(root), root/"README.md"
-    if not check: f.write_text(new, encoding="utf-8")
-    elif f.read_text(encoding="utf-8") != new: raise Problem("README.md is not what nbs/index.ipynb says: run `python .ci/project.py readme`")
+    new, f = readme_text(root), root / "README.md"
+    if not check:
+        f.write_text(new, encoding="utf-8")
+    elif f.read_text(encoding="utf-8") != new:
+        raise Problem("README.md is not what nbs/index.ipynb says: run `python .ci/project.py readme`")
+
+
+# ---- ngc_etf/__init__.py
+
+INIT = '''"""{about}"""
+
+# AUTOGENERATED! DO NOT EDIT! `python .ci/project.py names` writes it from each module's __all__.
+
+__version__ = "{version}"
+
+import importlib
+
+_MODULES = {{
+{modules}
+}}
+_HOME = {{name: module for module, names in _MODULES.items() for name in names.split()}}
+__all__ = [*_HOME]
+
+
+def __getattr__(name):
+    "A public name, from the module that is its home; nothing is imported before it is asked for."
+    if name not in _HOME:
+        raise AttributeError(f"module 'ngc_etf' has no attribute {{name!r}}")
+    return getattr(importlib.import_module(f"ngc_etf.{{_HOME[name]}}"), name)
+
+
+def __dir__():
+    return sorted([*globals(), *_HOME])
+'''
+
+
+def public_names(root=ROOT):
+    "{module: its public names}, in the order of the chapters."
+    found = {}
+    for path in sorted((root / "nbs").glob("*.ipynb")):
+        first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
+        module = re.search(r"^#\|\s*default_exp\s+(\w+)", first, flags=re.M)
+        if module is None:
+            continue
+        tree = ast.parse((root / "ngc_etf" / f"{module[1]}.py").read_text(encoding="utf-8"))
+        values = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
+        found[module[1]] = ast.literal_eval(values[0]) if values else []
+    return found
+
+
+def init_text(root=ROOT):
+    "ngc_etf/__init__.py as it should be; a `Problem` where a name has two homes, or is a module's."
+    config = ConfigParser(delimiters=["="])
+    config.read(root / "settings.ini", encoding="utf-8")
+    found, seen = public_names(root), {}
+    for module, names in found.items():
+        for name in names:
+            if name in found:
+                raise Problem(f"{name}, public in {module}, is also the name of a module, which would hide it")
+            if name in seen:
+                raise Problem(f"{name} is public in {seen[name]} and in {module}")
+            seen[name] = module
+    modules = "\n".join(f'    "{m}": "{" ".join(names)}",' for m, names in found.items() if names)
+    about = config["DEFAULT"]["description"]
+    return INIT.format(about=about, version=config["DEFAULT"]["version"], modules=modules)
+
+
+def names(root=ROOT, check=False):
+    "Write ngc_etf/__init__.py, or with `check` only compare."
+    new, f = init_text(root), root / "ngc_etf" / "__init__.py"
+    if not check:
+        f.write_text(new, encoding="utf-8")
+    elif f.read_text(encoding="utf-8") != new:
+        raise Problem("ngc_etf/__init__.py does not list the public names: run `python .ci/project.py names`")
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["docs", "readme"])
+    p.add_argument("what", choices=["docs", "names", "readme"])
     p.add_argument("--check", action="store_true", help="with readme: compare, write nothing")
     a = p.parse_args()
     os.chdir(ROOT)  # nbdev finds settings.ini from here
-    try: docs() if a.what == "docs" else readme(check=a.check)
-    except (Problem, OSError, subprocess.CalledProcessError) as e: sys.exit(f"{a.what}: {e}")
+    try:
+        if a.what == "docs":
+            docs()
+        else:
+            {"readme": readme, "names": names}[a.what](check=a.check)
+    except (Problem, OSError, subprocess.CalledProcessError) as e:
+        sys.exit(f"{a.what}: {e}")

@@ -23,15 +23,19 @@ from fastai.learner import defaults
 from threadpoolctl import threadpool_limits
 
 from .agd import AGD
-from .data import DATASETS, UFM, Augment, DataSpec, augment_rates, image_data
-from .experiment import METHODS, Experiment, Network, network, run
-from .heads import NearestETFHead
-from .implicit import ddn_vjp, vjp_dense_constraints, vjp_one_cholesky
+from .augment import Augment, augment_rates
+from .catalogue import DATASETS, UFM, DataSpec
+from .data import image_data
+from .experiment import METHODS, Experiment
+from .runner import Network, make_head, network, run
+from .adjoint import ddn_vjp, vjp_dense_constraints, vjp_one_cholesky
 from .models import body
-from .nearest import SOLVERS, nearest_etf, trust_region
+from .nearest import SOLVERS, nearest_etf
+from .proximal import trust_region
 from .simplex import check_classes, haar_direction
 
 # %% ../nbs/13_cost.ipynb #c006
+#| code-fold: true
 def take_turns(
     candidates:dict,  # name -> function of no arguments
     rounds:int=7,     # timed calls of each, every one after a call that is not timed
@@ -50,6 +54,7 @@ def take_turns(
     return {name: statistics.median(t) for name, t in seconds.items()}
 
 # %% ../nbs/13_cost.ipynb #c009
+#| code-fold: true
 def training_step(
     d:int,               # feature dimension
     C:int,               # number of classes
@@ -68,6 +73,7 @@ def training_step(
     return tuple(X.to(device, dtype) for X in (unit(H + moved*noise()), U_prox))
 
 # %% ../nbs/13_cost.ipynb #c012
+#| code-fold: true
 STOCK = ((512, 10), (2048, 10), (512, 100), (2048, 100), (1024, 200))
 
 def _rows(d, C, dtype, device, times, **ratios):
@@ -91,6 +97,7 @@ def solver_rows(quick=False, device="cpu", rounds=7):
     return rows
 
 # %% ../nbs/13_cost.ipynb #c014
+#| code-fold: true
 def peak_floats(
     f,     # function of no arguments
     like,  # tensor whose dtype and device count
@@ -110,6 +117,7 @@ def both_passes(H, U_prox, v, solver="auto"):
     return torch.autograd.grad(nearest_etf(X, U_prox, solver=solver), X, v)[0]
 
 # %% ../nbs/13_cost.ipynb #c016
+#| code-fold: true
 def adjoint_rows(quick=False, device="cpu", rounds=7):
     "Rows of `ngc_cost adjoint`: forward, backward, memory, and the paper's vector-Jacobian form against ours."
     rows = []
@@ -139,7 +147,8 @@ def paper_rows(d, C, device="cpu", rounds=7):
     return _rows(d, C, H.dtype, device, t, over_adjoint="adjoint")
 
 # %% ../nbs/13_cost.ipynb #c022
-HEADS = METHODS | {"nearest, solve_every=4": partial(NearestETFHead, solve_every=4)}
+#| code-fold: true
+HEADS = {m: partial(make_head, m) for m in METHODS} | {"nearest, solve_every=4": partial(make_head, "nearest", solve_every=4)}
 
 def one_step(
     method:str,     # one of `HEADS`
@@ -173,6 +182,7 @@ def head_alone(method, d, C, batch=256, device="cpu"):
     return lambda: F.cross_entropy(head(h, y), y).backward()
 
 # %% ../nbs/13_cost.ipynb #c023
+#| code-fold: true
 STEPS = (("ufm-10", 10, "fp32"), ("resnet18", 10, "fp32"), ("resnet18", 10, "bf16"), ("resnet50", 100, "bf16"))
 
 TIMED = ("standard", "fixed", "nearest", "nearest-no-ddn", "nearest, solve_every=4")
@@ -192,11 +202,13 @@ def step_rows(quick=False, device="cpu", rounds=7):
     return out
 
 # %% ../nbs/13_cost.ipynb #c025
+#| code-fold: true
 def data_rows(quick=False, device="cpu", rounds=7):
     "Rows of `ngc_cost data`: images a second of the batched and of the per-image augmentation."
     return [dict(size=size, device=str(device), **augment_rates(size, seconds=.2 if quick else 2., device=device)) for size in ((32,) if quick else (32, 96))]
 
 # %% ../nbs/13_cost.ipynb #c028
+#| code-fold: true
 def bare_loop(
     exp,           # `Experiment` on images
     data,          # `ImageData`
@@ -216,6 +228,7 @@ def bare_loop(
             yield loss.detach()
 
 # %% ../nbs/13_cost.ipynb #c030
+#| code-fold: true
 class InTurns(Callback):
     "Times the runner's training steps and those of another loop, in turns of so many."
     order = -20
@@ -237,9 +250,10 @@ def invented_images(C, n, size=32):
     def read(folder):
         g = torch.Generator().manual_seed(0)
         return tuple((torch.randint(256, (m, 3, size, size), generator=g, dtype=torch.uint8), torch.arange(m) % C) for m in (n, C))
-    return DataSpec(C, read, mean=(.5,)*3, std=(.25,)*3, pad=4, flip=True)
+    return DataSpec(C, (n, C, 3, size), read, mean=(.5,)*3, std=(.25,)*3, pad=4, flip=True)
 
 # %% ../nbs/13_cost.ipynb #c031
+#| code-fold: true
 RUNS = (("resnet18", 10), ("resnet50", 100))
 
 def runner_rate(net, C, batch, precision, device, rounds, method="nearest"):
@@ -263,6 +277,7 @@ def runner_rows(quick=False, device="cpu", rounds=7):
     return [runner_rate(net, C, 256, "bf16", device, rounds) for net, C in RUNS]
 
 # %% ../nbs/13_cost.ipynb #c035
+#| code-fold: true
 COMMANDS = {"solver": solver_rows, "adjoint": adjoint_rows, "step": step_rows, "data": data_rows, "runner": runner_rows}
 
 def cost_main(

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .means import RunningGlobalMean, RunningMeans, Stateful, check_batch, processes
-from .nearest import SOLVERS, nearest_etf, polar
+from .means import check_batch, processes
+from .nearest import SOLVERS, nearest_etf
+from .procrustes import polar
+from .running import RunningGlobalMean, RunningMeans, Stateful
 from .simplex import canonical_direction, check_classes, haar_direction, simplex_etf
 
 # %% ../nbs/05_heads.ipynb #c006

@@ -1,4 +1,5 @@
 "Every (data set, network, method) of Tables 1 and 2, two steps at tiny sizes from files in their real format, unbroken and resumed."
+
 import copy, os, shutil, time
 from functools import cache
 
@@ -8,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ngc_etf.experiment import SUITES, Rows, experiment, run
+from ngc_etf.experiment import SUITES, get_experiment
+from ngc_etf.rows import Rows
+from ngc_etf.runner import run
 from ngc_etf.models import body
 from test_data import write_cifar, write_stl
 
@@ -21,8 +24,10 @@ def write_imagenet(root, C=1000, side=12):
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for c in range(C):
-            (folder := root/"imagenet"/split/f"n{c:08d}").mkdir(parents=True)
-            Image.fromarray(rng.integers(0, 256, (side, side + 2, 3), dtype=np.uint8)).save(folder/f"n{c:08d}_1.JPEG")
+            (folder := root / "imagenet" / split / f"n{c:08d}").mkdir(parents=True)
+            Image.fromarray(rng.integers(0, 256, (side, side + 2, 3), dtype=np.uint8)).save(
+                folder / f"n{c:08d}_1.JPEG"
+            )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,12 +41,18 @@ def two_cores():
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
-    write_cifar(root, 10, n=10); write_cifar(root, 100, n=100); write_stl(root, n=10); write_imagenet(root)
+    write_cifar(root, 10, n=10)
+    write_cifar(root, 100, n=100)
+    write_stl(root, n=10)
+    write_imagenet(root)
     return root
 
 
 @cache
-def built(name): return body(name)
+def built(name):
+    return body(name)
+
+
 def copied(name):
     "The network as `body` makes it, whose unused first weights are drawn once only: AGD draws its own."
     net, d = built(name)
@@ -51,31 +62,43 @@ def copied(name):
 def keep_first_checkpoint(monkeypatch, folder):
     "The checkpoint of the first epoch is copied to another results folder, as a kill after it would have left it."
     whole = Rows.checkpoint
+
     def checkpoint(self, **state):
         whole(self, **state)
-        if state["epoch"] == 1: (target := Rows(self.exp, folder).ckpt).parent.mkdir(parents=True); shutil.copy(self.ckpt, target)
+        if state["epoch"] == 1:
+            (target := Rows(self.exp, folder).ckpt).parent.mkdir(parents=True)
+            shutil.copy(self.ckpt, target)
+
     monkeypatch.setattr(Rows, "checkpoint", checkpoint)
 
 
 def test_the_tables_have_their_cells():
-    assert len(CELLS) == 7*3 + 1 and len({e for e, _ in CELLS}) == 7 and ("imagenet-resnet50", "nearest-no-ddn") in CELLS
+    assert (
+        len(CELLS) == 7 * 3 + 1
+        and len({e for e, _ in CELLS}) == 7
+        and ("imagenet-resnet50", "nearest-no-ddn") in CELLS
+    )
 
 
 @pytest.mark.parametrize("name, method", CELLS, ids=lambda v: v)
 def test_cell_runs_and_resumes(name, method, root, tmp_path, monkeypatch):
     begun = time.process_time()
-    exp = experiment(name, method=method, epochs=2, batch_size=1000, at=(), every=10, size=8)
+    exp = get_experiment(name, method=method, epochs=2, batch_size=1000, at=(), every=10, size=8)
     monkeypatch.setattr("ngc_etf.experiment.body", copied)
-    keep_first_checkpoint(monkeypatch, tmp_path/"cut")
-    whole = run(exp, tmp_path/"whole", root, device="cpu", progress=False, workers=0)
-    cut = Rows(exp, tmp_path/"cut")
+    keep_first_checkpoint(monkeypatch, tmp_path / "cut")
+    whole = run(exp, tmp_path / "whole", root, device="cpu", progress=False, workers=0)
+    cut = Rows(exp, tmp_path / "cut")
     assert cut.ckpt.exists() and not cut.csv.exists()
-    resumed = run(exp, tmp_path/"cut", root, device="cpu", progress=False, workers=0)
+    resumed = run(exp, tmp_path / "cut", root, device="cpu", progress=False, workers=0)
     one, two = (pd.read_csv(r.csv) for r in (whole, resumed))
-    assert one.epoch.tolist() == [2] and np.isfinite(one.drop(columns=["experiment", "method"])).all(axis=None)
+    assert one.epoch.tolist() == [2] and np.isfinite(one.drop(columns=["experiment", "method"])).all(
+        axis=None
+    )
     pd.testing.assert_frame_equal(one.drop(columns="seconds"), two.drop(columns="seconds"), check_exact=True)
     assert whole.margins.read_bytes() == resumed.margins.read_bytes()
-    assert f'"C": {dict(cifar10=10, cifar100=100, stl10=10, imagenet=1000)[exp.data]},' in whole.json.read_text()
+    assert (
+        f'"C": {dict(cifar10=10, cifar100=100, stl10=10, imagenet=1000)[exp.data]},' in whole.json.read_text()
+    )
     assert whole.done and resumed.done and not cut.ckpt.exists() and not cut.lock.exists()
     SPENT[name, method] = time.process_time() - begun
 
@@ -83,5 +106,6 @@ def test_cell_runs_and_resumes(name, method, root, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_all_cells_within_three_minutes():
     "Three minutes on two cores, in processor time; other work on the machine can double it, hence among the slow tests."
-    if set(SPENT) != set(CELLS): pytest.skip("counts only when all cells have run")
+    if set(SPENT) != set(CELLS):
+        pytest.skip("counts only when all cells have run")
     assert sum(SPENT.values()) < 2 * 180, sorted(SPENT.items(), key=lambda x: -x[1])[:5]

@@ -1,4 +1,5 @@
 """Chapter 06 on grids, on two processes, and against a second implementation: what would be dull to read in the notebook."""
+
 import math
 import pickle
 
@@ -17,9 +18,20 @@ def data(C, d, N, seed=0, skip=()):
     "Unequal counts, every class but those in `skip` at least once."
     g = torch.Generator().manual_seed(seed)
     keep = torch.tensor([c for c in range(C) if c not in skip])
-    y = torch.cat([keep, keep[torch.multinomial(torch.arange(1., len(keep)+1), N-len(keep), True, generator=g)]])
-    h = torch.randn(N, d, generator=g, dtype=torch.float64) + torch.randn(C, d, generator=g, dtype=torch.float64)[y] + 1
-    return h, y, torch.randn(C, d, generator=g, dtype=torch.float64), torch.randn(C, generator=g, dtype=torch.float64)
+    y = torch.cat(
+        [keep, keep[torch.multinomial(torch.arange(1.0, len(keep) + 1), N - len(keep), True, generator=g)]]
+    )
+    h = (
+        torch.randn(N, d, generator=g, dtype=torch.float64)
+        + torch.randn(C, d, generator=g, dtype=torch.float64)[y]
+        + 1
+    )
+    return (
+        h,
+        y,
+        torch.randn(C, d, generator=g, dtype=torch.float64),
+        torch.randn(C, generator=g, dtype=torch.float64),
+    )
 
 
 def plain(h, y, W, b):
@@ -29,18 +41,26 @@ def plain(h, y, W, b):
     mu, mu_G = np.stack([h[y == c].mean(0) for c in range(C)]), h.mean(0)
     S_W = sum(np.outer(x - mu[c], x - mu[c]) for x, c in zip(h, y)) / N
     S_B = sum(np.outer(m - mu_G, m - mu_G) for m in mu) / C
-    etf = (np.eye(C) - 1/C) / np.sqrt(C-1)
+    etf = (np.eye(C) - 1 / C) / np.sqrt(C - 1)
     apart = lambda A: np.linalg.norm(A / np.linalg.norm(A) - etf)
     vary = lambda x: x.std(ddof=1) / x.mean()
     cos = (h - mu_G) @ (W - W.mean(0)).T
     cos /= np.linalg.norm(h - mu_G, axis=1)[:, None] * np.linalg.norm(W - W.mean(0), axis=1)
     margins = np.array([r[c] - np.delete(r, c).max() for r, c in zip(cos, y)])
-    var = [((h[y == c] - mu[c])**2).sum(1).mean() for c in range(C)]
-    return {"nc1": np.trace(S_W @ np.linalg.pinv(S_B, rcond=1e-12)) / C, "nc2": apart(W @ W.T), "nc3": apart(W @ (mu - mu_G).T),
-            "nc4": ((h @ W.T + b).argmax(1) != NearestCentroid().fit(h, y).predict(h)).mean(),
-            "equinorm": abs(vary(np.linalg.norm(W, axis=1)) - vary(np.linalg.norm(mu - mu_G, axis=1))),
-            "margin": margins.mean(), "margin_min": margins.min(), "bias_gap": np.linalg.norm(W @ mu_G + b),
-            "cdnv": np.mean([(var[i] + var[j]) / 2 / ((mu[i] - mu[j])**2).sum() for i in range(C) for j in range(i)])}
+    var = [((h[y == c] - mu[c]) ** 2).sum(1).mean() for c in range(C)]
+    return {
+        "nc1": np.trace(S_W @ np.linalg.pinv(S_B, rcond=1e-12)) / C,
+        "nc2": apart(W @ W.T),
+        "nc3": apart(W @ (mu - mu_G).T),
+        "nc4": ((h @ W.T + b).argmax(1) != NearestCentroid().fit(h, y).predict(h)).mean(),
+        "equinorm": abs(vary(np.linalg.norm(W, axis=1)) - vary(np.linalg.norm(mu - mu_G, axis=1))),
+        "margin": margins.mean(),
+        "margin_min": margins.min(),
+        "bias_gap": np.linalg.norm(W @ mu_G + b),
+        "cdnv": np.mean(
+            [(var[i] + var[j]) / 2 / ((mu[i] - mu[j]) ** 2).sum() for i in range(C) for j in range(i)]
+        ),
+    }
 
 
 def close(got, want, tol=1e-9):
@@ -51,18 +71,30 @@ def close(got, want, tol=1e-9):
 def fill(metric, h, y, size, W=None, b=None, seed=0):
     g = torch.Generator().manual_seed(seed)
     for _ in range(1 if W is None else 2):
-        for i in torch.randperm(len(h), generator=g).split(size): metric.update(h[i], y[i])
-        if W is not None and metric._rule is None: metric.judge(W, b)
+        for i in torch.randperm(len(h), generator=g).split(size):
+            metric.update(h[i], y[i])
+        if W is not None and metric._rule is None:
+            metric.judge(W, b)
     return metric
 
 
-@pytest.mark.parametrize("C,d,N", [(2, 2, 20), (2, 30, 9), (5, 4, 60), (7, 3, 90), (10, 40, 300), (30, 64, 100)])
+@pytest.mark.parametrize(
+    "C,d,N", [(2, 2, 20), (2, 30, 9), (5, 4, 60), (7, 3, 90), (10, 40, 300), (30, 64, 100)]
+)
 def test_functions_against_numpy(C, d, N):
     h, y, W, b = data(C, d, N)
     H_bar = M._centre(*M._class_means(h, y, C))[0]
     margins = M.cosine_margins(h, y, W)
-    got = {"nc1": M.nc1(h, y, C), "nc2": M.nc2(W), "nc3": M.nc3(W, H_bar), "nc4": M.nc4(h, y, W, b), "equinorm": M.equinorm_gap(W, H_bar),
-           "margin": margins.mean(), "margin_min": margins.min(), "cdnv": M.cdnv(h, y, C)}
+    got = {
+        "nc1": M.nc1(h, y, C),
+        "nc2": M.nc2(W),
+        "nc3": M.nc3(W, H_bar),
+        "nc4": M.nc4(h, y, W, b),
+        "equinorm": M.equinorm_gap(W, H_bar),
+        "margin": margins.mean(),
+        "margin_min": margins.min(),
+        "cdnv": M.cdnv(h, y, C),
+    }
     want = plain(h, y, W, b)
     close(got, {k: want[k] for k in got})
 
@@ -92,7 +124,7 @@ def test_shift_of_1000(dtype, size):
     h = h.float()
     far = fill(M.NeuralCollapse(8, 24, dtype=dtype), h + 1000, y, size).compute()
     true = M.nc1(h, y, 8)
-    assert abs(far["nc1"] / true - 1) < .02
+    assert abs(far["nc1"] / true - 1) < 0.02
 
 
 def test_float32_states_under_autocast():
@@ -126,13 +158,13 @@ def test_floor_is_attained(C, relu):
     "The collapsed set of either kind sits on its floor; random unit rows and features, never negative or free, lie above."
     W = simplex_etf(C, dtype=torch.float64).T
     h = 5 * (torch.eye(C, dtype=torch.float64) if relu else W)
-    floor = M.cross_entropy_floor(C, 5., relu=relu)
+    floor = M.cross_entropy_floor(C, 5.0, relu=relu)
     loss = lambda h, W: torch.nn.functional.cross_entropy(h @ W.T, torch.arange(C)).item()
     assert math.isclose(loss(h, W), floor, rel_tol=1e-12)
     for seed in range(20):
         torch.manual_seed(seed)
-        near = W + .1 * torch.randn_like(W) * (seed > 9)
-        x = h + torch.randn_like(h) * 10. ** -(seed % 10)
+        near = W + 0.1 * torch.randn_like(W) * (seed > 9)
+        x = h + torch.randn_like(h) * 10.0 ** -(seed % 10)
         x = 5 * torch.nn.functional.normalize(x.abs() if relu else x)
         assert loss(x, torch.nn.functional.normalize(near)) >= floor - 1e-12
 
@@ -151,9 +183,13 @@ def test_never_one_scatter_a_class():
 def test_forward_and_merge_and_state_dict():
     h, y, W, b = data(5, 9, 80)
     whole, parts = fill(M.NeuralCollapse(5, 9), h, y, 80), [M.NeuralCollapse(5, 9, bins=10) for _ in range(3)]
-    for i in range(3): parts[i](h[i::3], y[i::3]); parts[i].judge(W, b, *(lambda n, m, *_: (m, M._centre(m, n)[1]))(*whole._moments()))
-    for p, i in zip(parts, range(3)): p.update(h[i::3], y[i::3])
-    parts[0].merge_state(parts[1]); parts[0].merge_state(parts[2].metric_state)
+    for i in range(3):
+        parts[i](h[i::3], y[i::3])
+        parts[i].judge(W, b, *(lambda n, m, *_: (m, M._centre(m, n)[1]))(*whole._moments()))
+    for p, i in zip(parts, range(3)):
+        p.update(h[i::3], y[i::3])
+    parts[0].merge_state(parts[1])
+    parts[0].merge_state(parts[2].metric_state)
     assert parts[0].count.sum() == 160 and parts[0].tally[0] == 80
     close(parts[0].compute(), plain(h, y, W, b))
     assert parts[0].compute()["margin_hist"].sum() == 80
@@ -173,7 +209,7 @@ def _rank(rank, world, path, queue):
 
 def test_two_processes_are_one(tmp_path):
     queue = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_rank, (2, tmp_path/"store", queue), nprocs=2)
+    mp.spawn(_rank, (2, tmp_path / "store", queue), nprocs=2)
     (_, a, n0, nc1_0), (_, b, n1, nc1_1) = sorted(queue.get() for _ in range(2))
     assert a == b and (n0, n1) == (40, 110)
     h, y, W, bias = data(6, 10, 150)
@@ -184,6 +220,7 @@ def test_two_processes_are_one(tmp_path):
 
 def test_cross_checks_with_the_means_chapter():
     from ngc_etf.means import centred_means
+
     h, y, *_ = data(6, 10, 90, skip=(3,))
     for ours, theirs in zip(M._centre(*M._class_means(h, y, 6)), centred_means(h, y, 6)):
         assert torch.allclose(ours, theirs, atol=1e-12)
@@ -191,11 +228,28 @@ def test_cross_checks_with_the_means_chapter():
 
 @pytest.mark.parametrize("C,d", [(2, 2), (10, 512), (100, 128)])
 def test_collapse_scores_its_ideal(C, d):
-    W = simplex_etf(C, U=haar_direction(d, C, torch.Generator().manual_seed(C), dtype=torch.float64)).T.contiguous()
-    y = torch.arange(3*C) % C
+    W = simplex_etf(
+        C, U=haar_direction(d, C, torch.Generator().manual_seed(C), dtype=torch.float64)
+    ).T.contiguous()
+    y = torch.arange(3 * C) % C
     h = 5 * W[y] + 7
-    out = fill(M.NeuralCollapse(C, d), h, y, 11, W, -W @ torch.full((d,), 7.).double()).compute()
-    ideal = {"nc1": 0, "nc2": 0, "nc3": 0, "nc4": 0, "equinorm": 0, "cdnv": 0, "bias_gap": 0, "margin": C/(C-1), "margin_min": C/(C-1), "cos_means": -1/(C-1),
-             "cos_weights": -1/(C-1), "rank_means": C-1, "rank_weights": C-1, "cos_means_std": 0, "cos_weights_std": 0}
+    out = fill(M.NeuralCollapse(C, d), h, y, 11, W, -W @ torch.full((d,), 7.0).double()).compute()
+    ideal = {
+        "nc1": 0,
+        "nc2": 0,
+        "nc3": 0,
+        "nc4": 0,
+        "equinorm": 0,
+        "cdnv": 0,
+        "bias_gap": 0,
+        "margin": C / (C - 1),
+        "margin_min": C / (C - 1),
+        "cos_means": -1 / (C - 1),
+        "cos_weights": -1 / (C - 1),
+        "rank_means": C - 1,
+        "rank_weights": C - 1,
+        "cos_means_std": 0,
+        "cos_weights_std": 0,
+    }
     assert set(out) == set(ideal)
     close(out, ideal, 1e-7)

@@ -1,4 +1,5 @@
 "Networks: the names, the shapes, what AGD needs, timm."
+
 import importlib.util
 
 import pytest
@@ -8,7 +9,8 @@ from torch.nn import functional as F
 from torchvision import models as tvm
 
 from ngc_etf.agd import AGD
-from ngc_etf.data import image_data, loaders
+from ngc_etf.data import image_data
+from ngc_etf.batches import loaders
 from ngc_etf.models import PAPER_BODIES, body, digits_net, strip_affine
 
 
@@ -17,15 +19,20 @@ from ngc_etf.models import PAPER_BODIES, body, digits_net, strip_affine
 def test_paper_bodies_train_a_step(name, size):
     torch.manual_seed(0)
     net, d = body(name)
-    opt = AGD(net.parameters(), gain=1.)
+    opt = AGD(net.parameters(), gain=1.0)
     opt.init_weights()
     h = net(torch.randn(4, 3, size, size))
     assert h.shape == (4, d) and (h >= 0).all()
     before = [p.detach().clone() for p in net.parameters()]
-    (5*F.normalize(h)).square()[:, :5].sum().backward()
+    (5 * F.normalize(h)).square()[:, :5].sum().backward()
     opt.step()
-    assert all(p.isfinite().all() for p in net.parameters()) and any(not torch.equal(p, q) for p, q in zip(net.parameters(), before))
-    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.affine or m.weight is not None) for m in net.modules())
+    assert all(p.isfinite().all() for p in net.parameters()) and any(
+        not torch.equal(p, q) for p, q in zip(net.parameters(), before)
+    )
+    assert not any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.affine or m.weight is not None)
+        for m in net.modules()
+    )
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -39,48 +46,74 @@ def test_stripping_changes_nothing_at_the_start(name):
 
 
 def test_features_are_what_entered_the_classifier():
-    torch.manual_seed(0); whole = tvm.resnet18().eval()
+    torch.manual_seed(0)
+    whole = tvm.resnet18().eval()
     net, d = body("resnet18", affine=True)
     net[1].load_state_dict({k: v for k, v in whole.state_dict().items() if not k.startswith("fc.")})
     x, seen = torch.randn(2, 3, 64, 64), []
     whole.fc.register_forward_pre_hook(lambda m, i: seen.append(i[0]))
-    with torch.no_grad(): whole(x); h = net.eval()(x)
+    with torch.no_grad():
+        whole(x)
+        h = net.eval()(x)
     torch.testing.assert_close(h, seen[0])
     assert d == whole.fc.in_features
 
 
-@pytest.mark.parametrize("name,d", [("densenet121", 1024), ("efficientnet_b0", 1280), ("mobilenet_v3_small", 1024), ("convnext_tiny", 768), ("vgg11", 512), ("resnet34", 512)])
+@pytest.mark.parametrize(
+    "name,d",
+    [
+        ("densenet121", 1024),
+        ("efficientnet_b0", 1280),
+        ("mobilenet_v3_small", 1024),
+        ("convnext_tiny", 768),
+        ("vgg11", 512),
+        ("resnet34", 512),
+    ],
+)
 def test_other_networks_by_name(name, d):
     net, found = body(name, affine=True)
-    with torch.no_grad(): assert net.eval()(torch.randn(2, 3, 64, 64)).shape == (2, d) and found == d
+    with torch.no_grad():
+        assert net.eval()(torch.randn(2, 3, 64, 64)).shape == (2, d) and found == d
 
 
 @pytest.mark.parametrize("name", ["convnext_tiny", "vit_b_32"])
 def test_layer_norms_are_refused(name):
-    with pytest.raises(ValueError, match="parameters are no linear maps, among them .*use affine=True"): body(name)
+    with pytest.raises(ValueError, match="parameters are no linear maps, among them .*use affine=True"):
+        body(name)
 
 
-@pytest.mark.parametrize("kw,match", [(dict(name="resnet19"), "unknown network name='resnet19'; known: digits, timm:NAME"), (dict(name="squeezenet1_0", affine=True), "no final linear layer"),
-                                      (dict(name="resnet18", pretrained=True), "pretrained=True needs affine=True"), (dict(name="digits", affine=True), "no affine version"),
-                                      (dict(name="digits", width=3), "width=3")])
+@pytest.mark.parametrize(
+    "kw,match",
+    [
+        (dict(name="resnet19"), "unknown network name='resnet19'; known: digits, timm:NAME"),
+        (dict(name="squeezenet1_0", affine=True), "no final linear layer"),
+        (dict(name="resnet18", pretrained=True), "pretrained=True needs affine=True"),
+        (dict(name="digits", affine=True), "no affine version"),
+        (dict(name="digits", width=3), "width=3"),
+    ],
+)
 def test_refusals(kw, match):
-    with pytest.raises(ValueError, match=match): body(**kw)
+    with pytest.raises(ValueError, match=match):
+        body(**kw)
 
 
 def test_timm_absent(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="needs the package timm"): body("timm:resnet10t")
+    with pytest.raises(ValueError, match="needs the package timm"):
+        body("timm:resnet10t")
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("timm"), reason="timm is not installed")
 def test_timm():
     for affine in (False, True):
         net, d = body("timm:resnet10t", affine=affine)
-        with torch.no_grad(): assert net(torch.randn(2, 3, 64, 64)).shape == (2, d)
-    with pytest.raises(ValueError, match="timm has no network 'resnet10x'"): body("timm:resnet10x")
+        with torch.no_grad():
+            assert net(torch.randn(2, 3, 64, 64)).shape == (2, d)
+    with pytest.raises(ValueError, match="timm has no network 'resnet10x'"):
+        body("timm:resnet10x")
 
 
-@pytest.mark.parametrize("gain", [3., 10.])
+@pytest.mark.parametrize("gain", [3.0, 10.0])
 def test_digits_net_learns(gain):
     "Ten epochs are enough for 97% (the demonstration has thirty), features normalised to tau 5 as the heads do it."
     torch.manual_seed(0)
@@ -88,13 +121,17 @@ def test_digits_net_learns(gain):
     head = nn.Linear(d, 10, bias=False)
     opt = AGD([*net.parameters(), *head.parameters()], gain)
     opt.init_weights()
-    logits = lambda x: F.linear(5*F.normalize(net(x)), F.normalize(head.weight))
+    logits = lambda x: F.linear(5 * F.normalize(net(x)), F.normalize(head.weight))
     dls = loaders(image_data("digits"), 64)
     for _ in range(10):
         net.train()
-        for x, y in dls.train: opt.zero_grad(); F.cross_entropy(logits(x), y).backward(); opt.step()
+        for x, y in dls.train:
+            opt.zero_grad()
+            F.cross_entropy(logits(x), y).backward()
+            opt.step()
     net.eval()
-    with torch.no_grad(): assert sum((logits(x).argmax(1) == y).sum() for x, y in dls.valid) / 360 > .97
+    with torch.no_grad():
+        assert sum((logits(x).argmax(1) == y).sum() for x, y in dls.valid) / 360 > 0.97
 
 
 def test_digits_net_is_ready_for_agd():

@@ -1,4 +1,5 @@
 """The grid behind chapter 03: solvers x shapes x dtypes x conditions, with SciPy as the outside reference."""
+
 import subprocess
 import sys
 import warnings
@@ -11,7 +12,9 @@ from hypothesis import given, settings, strategies as st
 from threadpoolctl import threadpool_limits
 
 from ngc_etf import lapack, nearest
-from ngc_etf.nearest import SOLVERS, nearest_etf, polar, polar_vjp, procrustes_target, trust_region
+from ngc_etf.nearest import SOLVERS, nearest_etf
+from ngc_etf.procrustes import polar, polar_vjp
+from ngc_etf.proximal import procrustes_target, trust_region
 from ngc_etf.simplex import canonical_direction, haar_direction, standard_etf
 
 F64 = torch.float64
@@ -24,7 +27,8 @@ def one_thread():
     "Small problems: torch's and NumPy's threads would only get into each other's way."
     n = torch.get_num_threads()
     torch.set_num_threads(1)
-    with threadpool_limits(1): yield
+    with threadpool_limits(1):
+        yield
     torch.set_num_threads(n)
 
 
@@ -36,11 +40,16 @@ def means(d, C, condition="random", seed=0):
     "Class means of unit norm under one of the conditions that training meets."
     g = torch.Generator().manual_seed(seed)
     H = torch.randn(d, C, generator=g, dtype=F64)
-    if condition == "collapsed": H = haar(d, C, seed + 7) @ standard_etf(C, F64)
-    if condition == "near_collapse": H = haar(d, C, seed + 7) @ standard_etf(C, F64) + 1e-7 * H
-    if condition == "absent": H[:, C // 2:] = 0
-    if condition == "coincide": H = H[:, :1].expand(d, C).clone()
-    if condition == "zero": return 0 * H
+    if condition == "collapsed":
+        H = haar(d, C, seed + 7) @ standard_etf(C, F64)
+    if condition == "near_collapse":
+        H = haar(d, C, seed + 7) @ standard_etf(C, F64) + 1e-7 * H
+    if condition == "absent":
+        H[:, C // 2 :] = 0
+    if condition == "coincide":
+        H = H[:, :1].expand(d, C).clone()
+    if condition == "zero":
+        return 0 * H
     H = H - H.mean(1, keepdim=True)
     return H / H.norm().clamp(min=1e-300) if condition != "coincide" else 0 * H
 
@@ -53,13 +62,13 @@ CONDITIONS = ["random", "collapsed", "near_collapse", "absent", "coincide", "zer
 @pytest.mark.parametrize("solver", CLOSED)
 def test_against_scipy(solver, shape, condition):
     H, U_prox = means(*shape, condition), haar(*shape)
-    for delta in (1e-3, 1.):
+    for delta in (1e-3, 1.0):
         P = (2 * H @ standard_etf(shape[1], F64) + delta * U_prox).numpy()
         s = np.linalg.svd(P, compute_uv=False)
         U = nearest_etf(H, U_prox, delta, solver)
         kappa = s[0] / s[-1]
         assert (U.T @ U - torch.eye(shape[1])).abs().max() < 1e-12 + 1e-14 * kappa
-        np.testing.assert_allclose(U, scipy.linalg.polar(P)[0], atol=1e-14 * max(kappa, 10)**1.5)
+        np.testing.assert_allclose(U, scipy.linalg.polar(P)[0], atol=1e-14 * max(kappa, 10) ** 1.5)
 
 
 @pytest.mark.parametrize("condition", ["random", "collapsed", "near_collapse"])
@@ -68,20 +77,22 @@ def test_against_scipy(solver, shape, condition):
 def test_low_precision(solver, dtype, condition):
     for shape in ((5, 2), (64, 10), (130, 100)):
         H, U_prox = means(*shape, condition).to(dtype), haar(*shape).to(dtype)
-        U = nearest_etf(H, U_prox, .1, solver)
+        U = nearest_etf(H, U_prox, 0.1, solver)
         assert U.dtype == torch.float32
         assert (U.T @ U - torch.eye(shape[1])).abs().max() < 1e-5
-        reference = nearest_etf(H.double(), U_prox.double(), .1, "svd")
-        s = torch.linalg.svdvals(procrustes_target(H.double(), U_prox.double(), .1))
+        reference = nearest_etf(H.double(), U_prox.double(), 0.1, "svd")
+        s = torch.linalg.svdvals(procrustes_target(H.double(), U_prox.double(), 0.1))
         assert (U - reference).abs().max() < 1e-6 * s[0] / s[-1] + 1e-5
 
 
 @pytest.mark.parametrize("shape", [(12, 3), (64, 10), (6, 5)], ids=str)
-@pytest.mark.parametrize("delta", [1e-3, 1e-1, 10.])
+@pytest.mark.parametrize("delta", [1e-3, 1e-1, 10.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_trust_region_agrees(shape, delta, seed):
     H, U_prox = means(*shape, seed=seed), haar(*shape, seed + 10)
-    U = trust_region(H, U_prox, delta, iterations=30 if shape[0] > 2 * shape[1] else 300)  # a cold start with d = C + 1 needs more than the paper's 30
+    U = trust_region(
+        H, U_prox, delta, iterations=30 if shape[0] > 2 * shape[1] else 300
+    )  # a cold start with d = C + 1 needs more than the paper's 30
     assert (U - nearest_etf(H, U_prox, delta)).norm() < 1e-6
 
 
@@ -113,13 +124,13 @@ def test_problem_6_is_deterministic(shape, condition):
 
 def test_problem_6_where_the_start_lies_in_the_means_span():
     "The start's remaining part vanishes: still orthonormal, still a minimiser."
-    H = torch.tensor([[1., -1.], [1., -1.], [0., 0.]], dtype=F64) / 2
-    U = nearest_etf(H, start=torch.tensor([[1., 0], [0, 1], [0, 0]], dtype=F64))
+    H = torch.tensor([[1.0, -1.0], [1.0, -1.0], [0.0, 0.0]], dtype=F64) / 2
+    U = nearest_etf(H, start=torch.tensor([[1.0, 0], [0, 1], [0, 0]], dtype=F64))
     assert (U.T @ U - torch.eye(2)).abs().max() < 1e-14
     assert abs((U * procrustes_target(H)).sum() - torch.linalg.svdvals(procrustes_target(H)).sum()) < 1e-14
 
 
-problems = st.tuples(st.integers(2, 9), st.integers(0, 12), st.integers(0, 10**6), st.floats(1e-2, 10.))
+problems = st.tuples(st.integers(2, 9), st.integers(0, 12), st.integers(0, 10**6), st.floats(1e-2, 10.0))
 
 
 @given(problems)
@@ -146,7 +157,10 @@ def test_never_beaten(problem):
     H, U_prox = means(d, C, seed=seed), haar(d, C, seed)
     P, U = procrustes_target(H, U_prox, delta), nearest_etf(H, U_prox, delta)
     for k in range(5):
-        rival = polar(U + .1**k * torch.randn(d, C, dtype=F64, generator=torch.Generator().manual_seed(seed + k)), "svd")
+        rival = polar(
+            U + 0.1**k * torch.randn(d, C, dtype=F64, generator=torch.Generator().manual_seed(seed + k)),
+            "svd",
+        )
         assert (rival * P).sum() <= (U * P).sum() + 1e-12
 
 
@@ -163,7 +177,7 @@ def test_fixed_point(problem):
 def test_gradcheck(solver, condition):
     for shape in ((5, 2), (4, 4), (7, 3)):
         H, U_prox = means(*shape, condition), haar(*shape)
-        assert torch.autograd.gradcheck(lambda H: nearest_etf(H, U_prox, .1, solver), H.requires_grad_())
+        assert torch.autograd.gradcheck(lambda H: nearest_etf(H, U_prox, 0.1, solver), H.requires_grad_())
 
 
 def test_gradient_of_problem_6():
@@ -171,7 +185,17 @@ def test_gradient_of_problem_6():
     assert torch.autograd.gradcheck(lambda H: nearest_etf(H) @ M, means(7, 3).requires_grad_())
 
 
-@pytest.mark.parametrize("s", [[1., 1., 1.], [1., 1., 0.], [1., 1e-17, 0.], [0., 0., 0.], [1e-30, 1e-30, 1e-30], [1e20, 1., 1e-20]])
+@pytest.mark.parametrize(
+    "s",
+    [
+        [1.0, 1.0, 1.0],
+        [1.0, 1.0, 0.0],
+        [1.0, 1e-17, 0.0],
+        [0.0, 0.0, 0.0],
+        [1e-30, 1e-30, 1e-30],
+        [1e20, 1.0, 1e-20],
+    ],
+)
 def test_adjoint_is_finite(s):
     v = torch.randn(6, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
     assert polar_vjp(haar(6, 3), torch.tensor(s, dtype=F64), haar(3, 3, 2), v).isfinite().all()
@@ -180,14 +204,20 @@ def test_adjoint_is_finite(s):
 @pytest.mark.parametrize("dtype,tol", [(torch.float32, 1e-4), (F64, 1e-10)])
 def test_products_only_adjoint(dtype, tol):
     "The GPU's backward pass, on the CPU."
-    for kappa in (1., 20., 1000.):
+    for kappa in (1.0, 20.0, 1000.0):
         s = torch.logspace(0, -np.log10(kappa), 8, dtype=F64)
         U, V = haar(30, 8), haar(8, 8, 2)
         v = torch.randn(30, 8, dtype=F64, generator=torch.Generator().manual_seed(0))
         expected = polar_vjp(U, s, V, v)
         got = nearest._polar_vjp_products(U.to(dtype), ((V * s) @ V.T).to(dtype), v.to(dtype))
         assert (got - expected).norm() / expected.norm() < tol * max(1, kappa / 10)
-    assert nearest._polar_vjp_products(U, 0 * (V @ V.T) + torch.diag(torch.tensor([1.] * 7 + [0.], dtype=F64)), v).isfinite().all()
+    assert (
+        nearest._polar_vjp_products(
+            U, 0 * (V @ V.T) + torch.diag(torch.tensor([1.0] * 7 + [0.0], dtype=F64)), v
+        )
+        .isfinite()
+        .all()
+    )
 
 
 @pytest.mark.parametrize("dtype,kappa,tol", [(torch.float32, 1e3, 1e-3), (F64, 1e6, 1e-8)])
@@ -203,13 +233,16 @@ def test_newton_schulz_fixed_schedule(monkeypatch, dtype, kappa, tol):
 
 def test_autocast_forward_and_backward():
     H, U_prox = means(64, 10).float(), haar(64, 10).float()
+
     def both():
         X = H.clone().requires_grad_()
         U = nearest_etf(X, U_prox)
         U.backward(H)
         return U, X.grad
+
     plain = both()
-    with torch.autocast("cpu", dtype=torch.bfloat16): cast = both()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = both()
     assert all(torch.equal(a, b) for a, b in zip(plain, cast))
 
 
@@ -219,7 +252,10 @@ def test_matmul_precision_is_kept_and_restored():
     torch.set_float32_matmul_precision("medium")
     try:
         solve = nearest._SOLVE["svd"]
-        nearest._SOLVE["svd"] = lambda P: (seen.extend(m.fp32_precision for m in nearest._matmuls()), solve(P))[1]
+        nearest._SOLVE["svd"] = lambda P: (
+            seen.extend(m.fp32_precision for m in nearest._matmuls()),
+            solve(P),
+        )[1]
         nearest_etf(H, U_prox, solver="svd")
         assert torch.equal(nearest_etf(H, U_prox), plain)
         assert torch.get_float32_matmul_precision() == "medium"
@@ -243,16 +279,22 @@ def test_small_problems_restore_threads():
 @pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
 def test_non_contiguous(layout):
     H, U_prox = means(12, 3), haar(12, 3)
-    X = dict(transposed=lambda: H.T.contiguous().T, strided=lambda: torch.stack([H, H], 1)[:, 0],
-             expanded=lambda: H[:, :1].expand(12, 3))[layout]()
+    X = dict(
+        transposed=lambda: H.T.contiguous().T,
+        strided=lambda: torch.stack([H, H], 1)[:, 0],
+        expanded=lambda: H[:, :1].expand(12, 3),
+    )[layout]()
     assert not X.is_contiguous()
-    torch.testing.assert_close(nearest_etf(X, U_prox), nearest_etf(X.contiguous(), U_prox), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        nearest_etf(X, U_prox), nearest_etf(X.contiguous(), U_prox), atol=1e-12, rtol=0
+    )
 
 
 def test_inputs_are_not_changed():
     H, U_prox = means(12, 3), haar(12, 3)
     for solver in SOLVERS:
-        if solver in CLOSED + ["trust_region"]: nearest_etf(H, U_prox, solver=solver)
+        if solver in CLOSED + ["trust_region"]:
+            nearest_etf(H, U_prox, solver=solver)
     assert torch.equal(H, means(12, 3)) and torch.equal(U_prox, haar(12, 3))
 
 
@@ -261,34 +303,43 @@ def test_no_gradient_to_U_prox():
     assert not nearest_etf(means(12, 3), U_prox).requires_grad
 
 
-def failing(*a, **k): raise torch.linalg.LinAlgError("the algorithm failed to converge")
+def failing(*a, **k):
+    raise torch.linalg.LinAlgError("the algorithm failed to converge")
 
 
 @pytest.mark.parametrize("solver", ["svd", "gram"])
 def test_fallback_warns_once(monkeypatch, solver):
     H, U_prox = means(12, 3), haar(12, 3)
-    expected = nearest_etf(H, U_prox, .1)
+    expected = nearest_etf(H, U_prox, 0.1)
     monkeypatch.setattr(lapack, "_warned", set())
     monkeypatch.setattr(torch.linalg, dict(svd="svd", gram="eigh")[solver], failing)
-    with pytest.warns(RuntimeWarning, match=f"by torch.linalg.{dict(svd='svd', gram='eigh')[solver]} failed"): nearest_etf(H, U_prox, .1, solver)
+    with pytest.warns(RuntimeWarning, match=f"by torch.linalg.{dict(svd='svd', gram='eigh')[solver]} failed"):
+        nearest_etf(H, U_prox, 0.1, solver)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert (nearest_etf(H, U_prox, .1, solver) - expected).abs().max() < 1e-11
-    assert f"{dict(svd='the SVD, torch.linalg.svd', gram='the eigendecomposition, torch.linalg.eigh')[solver]}" in lapack._warned
+        assert (nearest_etf(H, U_prox, 0.1, solver) - expected).abs().max() < 1e-11
+    assert (
+        f"{dict(svd='the SVD, torch.linalg.svd', gram='the eigendecomposition, torch.linalg.eigh')[solver]}"
+        in lapack._warned
+    )
 
 
 def test_a_non_finite_result_is_no_answer(monkeypatch):
     H, U_prox = means(12, 3), haar(12, 3)
     monkeypatch.setattr(lapack, "_warned", set())
     monkeypatch.setitem(nearest._SOLVE, "svd", lambda P: (P * float("nan"), None, None))
-    with pytest.warns(RuntimeWarning, match="non-finite result"): U = nearest_etf(H, U_prox, solver="svd")
+    with pytest.warns(RuntimeWarning, match="non-finite result"):
+        U = nearest_etf(H, U_prox, solver="svd")
     assert U.isfinite().all()
 
 
 def test_out_of_memory_is_not_swallowed(monkeypatch):
-    def oom(P): raise torch.OutOfMemoryError("out of memory")
+    def oom(P):
+        raise torch.OutOfMemoryError("out of memory")
+
     monkeypatch.setitem(nearest._SOLVE, "svd", oom)
-    with pytest.raises(torch.OutOfMemoryError): nearest_etf(means(12, 3), haar(12, 3), solver="svd")
+    with pytest.raises(torch.OutOfMemoryError):
+        nearest_etf(means(12, 3), haar(12, 3), solver="svd")
 
 
 def test_nobody_can():
@@ -304,9 +355,11 @@ def test_deferred_flags(monkeypatch):
     H, U_prox = means(12, 3), haar(12, 3)
     good = nearest_etf(H, U_prox, solver="newton_schulz")
     assert (good - nearest_etf(H, U_prox, solver="svd")).abs().max() < 1e-10
-    bad = H.clone(); bad[0, 0] = float("inf")
+    bad = H.clone()
+    bad[0, 0] = float("inf")
     nearest_etf(bad, U_prox, solver="newton_schulz")
-    with pytest.raises(ValueError, match="earlier call"): nearest_etf(H, U_prox)
+    with pytest.raises(ValueError, match="earlier call"):
+        nearest_etf(H, U_prox)
     nearest_etf(bad, U_prox, solver="newton_schulz", validate=False)
     nearest_etf(H, U_prox, solver="newton_schulz")
 
@@ -314,7 +367,10 @@ def test_deferred_flags(monkeypatch):
 def test_flags_wait_for_the_device_and_switch_auto(monkeypatch):
     class Event:
         done = False
-        def query(self): return self.done
+
+        def query(self):
+            return self.done
+
     flags, event = nearest._Flags(), Event()
     monkeypatch.setattr(nearest, "_AUTO", dict(nearest._AUTO))
     monkeypatch.setattr(lapack, "_warned", set())
@@ -322,13 +378,15 @@ def test_flags_wait_for_the_device_and_switch_auto(monkeypatch):
     flags.read()
     assert len(flags.queue) == 1 and nearest._AUTO["cuda"] == "newton_schulz"
     event.done = True
-    with pytest.warns(RuntimeWarning, match="had not converged"): flags.read()
+    with pytest.warns(RuntimeWarning, match="had not converged"):
+        flags.read()
     assert not flags.queue and nearest._AUTO["cuda"] == "gram"
 
 
 def test_newton_schulz_says_when_it_did_not_converge():
-    P = haar(8, 3) * torch.tensor([1., 1., 0.], dtype=F64)
-    with pytest.raises(RuntimeError, match="did not converge"): nearest._newton_schulz(P)
+    P = haar(8, 3) * torch.tensor([1.0, 1.0, 0.0], dtype=F64)
+    with pytest.raises(RuntimeError, match="did not converge"):
+        nearest._newton_schulz(P)
 
 
 H, U_PROX = means(20, 5), haar(20, 5)
@@ -341,8 +399,8 @@ REFUSED = [
     (lambda: nearest_etf(H.long(), U_PROX), "H must be floating-point, got torch.int64"),
     (lambda: nearest_etf(H, U_PROX.to(torch.complex64)), "U_prox must be floating-point"),
     (lambda: nearest_etf(H, U_PROX.to("meta")), "U_prox must be on H's device cpu, got meta"),
-    (lambda: nearest_etf(H, U_PROX, 0.), "delta must be positive and finite, got delta=0.0"),
-    (lambda: nearest_etf(H, U_PROX, -1.), "delta=-1.0"),
+    (lambda: nearest_etf(H, U_PROX, 0.0), "delta must be positive and finite, got delta=0.0"),
+    (lambda: nearest_etf(H, U_PROX, -1.0), "delta=-1.0"),
     (lambda: nearest_etf(H, U_PROX, float("nan")), "delta=nan"),
     (lambda: nearest_etf(H, U_PROX, solver="qr"), "solver must be one of auto, svd.*got 'qr'"),
     (lambda: nearest_etf(H / 0, U_PROX), "H has .* non-finite entries of 100"),
@@ -355,13 +413,15 @@ REFUSED = [
 
 @pytest.mark.parametrize("call,message", REFUSED, ids=[m for _, m in REFUSED])
 def test_refusals(call, message):
-    with pytest.raises(ValueError, match=message): call()
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_second_derivative_is_an_error():
     X = means(6, 3).requires_grad_()
-    g, = torch.autograd.grad(nearest_etf(X, haar(6, 3)).sum(), X, create_graph=True)
-    with pytest.raises(RuntimeError): g.sum().backward()
+    (g,) = torch.autograd.grad(nearest_etf(X, haar(6, 3)).sum(), X, create_graph=True)
+    with pytest.raises(RuntimeError):
+        g.sum().backward()
 
 
 def test_no_fastai():

@@ -1,4 +1,5 @@
 "The project is in step with its notebooks: exports, README, cleanliness, layering, public names."
+
 import ast, importlib, importlib.util, inspect, json, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -6,8 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
-spec = importlib.util.spec_from_file_location("project", ROOT/".ci"/"project.py")
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+spec = importlib.util.spec_from_file_location("project", ROOT / ".ci" / "project.py")
 project = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(project)
 
@@ -15,11 +16,19 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
 
 def cells(path, kind="code"):
-    return ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
+    return [
+        "".join(c["source"])
+        for c in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if c["cell_type"] == kind
+    ]
 
 
-def directives(src): return re.findall(r"^#\|\s*(\w+:?)\s*(\S*)", src, flags=re.M)
-def exported(src): return any(d.rstrip(":") in ("export", "exporti", "exports") for d, _ in directives(src))
+def directives(src):
+    return re.findall(r"^#\|\s*(\w+:?)\s*(\S*)", src, flags=re.M)
+
+
+def exported(src):
+    return any(d.rstrip(":") in ("export", "exporti", "exports") for d, _ in directives(src))
 
 
 def python(src):
@@ -29,14 +38,16 @@ def python(src):
 
 # ---- generated files
 
+
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory):
     "A copy of the notebooks, exported and cleaned by nbdev's own commands."
     top = tmp_path_factory.mktemp("fresh")
-    for name in ("settings.ini", "setup.py", "_quarto.yml"): shutil.copy(ROOT/name, top)
-    shutil.copytree(ROOT/"nbs", top/"nbs", symlinks=True)
-    (top/"ngc_etf").mkdir()
-    (top/"ngc_etf"/"__init__.py").write_text("")
+    for name in ("settings.ini", "setup.py", "_quarto.yml"):
+        shutil.copy(ROOT / name, top)
+    shutil.copytree(ROOT / "nbs", top / "nbs", symlinks=True)
+    (top / "ngc_etf").mkdir()
+    (top / "ngc_etf" / "__init__.py").write_text("")
     code = "from nbdev.clean import nbdev_clean; from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__(); nbdev_clean.__wrapped__()"
     done = subprocess.run([sys.executable, "-c", code], cwd=top, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -44,63 +55,100 @@ def fresh(tmp_path_factory):
 
 
 def test_package_is_what_the_notebooks_export(fresh):
-    ours, theirs = ({p.name: p.read_text(encoding="utf-8") for p in (top/"ngc_etf").glob("*.py")} for top in (ROOT, fresh))
-    assert sorted(ours) == sorted(theirs), "a module without a notebook, or a notebook not exported: run nbdev_export"
-    assert [n for n in ours if ours[n] != theirs[n]] == [], "edited by hand, or a notebook not exported: run nbdev_export"
+    ours, theirs = (
+        {p.name: p.read_text(encoding="utf-8") for p in (top / "ngc_etf").glob("*.py")}
+        for top in (ROOT, fresh)
+    )
+    assert sorted(ours) == sorted(theirs), (
+        "a module without a notebook, or a notebook not exported: run nbdev_export"
+    )
+    assert [n for n in ours if ours[n] != theirs[n]] == [], (
+        "edited by hand, or a notebook not exported: run nbdev_export"
+    )
 
 
 def test_notebooks_are_clean(fresh):
-    assert [p.name for p in NOTEBOOKS if p.read_bytes() != (fresh/"nbs"/p.name).read_bytes()] == [], "run nbdev_clean"
+    assert [p.name for p in NOTEBOOKS if p.read_bytes() != (fresh / "nbs" / p.name).read_bytes()] == [], (
+        "run nbdev_clean"
+    )
 
 
-def test_readme_is_the_index(): project.readme(ROOT, check=True)
-def test_every_notebook_is_in_the_sidebar(): project.check_listed(ROOT)
+def test_readme_is_the_index():
+    project.readme(ROOT, check=True)
+
+
+def test_every_notebook_is_in_the_sidebar():
+    project.check_listed(ROOT)
 
 
 # ---- the site's builder
 
+
 def test_a_missing_page_and_a_forgotten_one_are_named(tmp_path):
-    (tmp_path/"nbs").mkdir()
-    (tmp_path/"nbs"/"02_forgotten.ipynb").touch()
-    (tmp_path/"_quarto.yml").write_text("website: {sidebar: {contents: [index.ipynb, {section: A, contents: [01_missing.ipynb]}]}}")
-    with pytest.raises(project.Problem, match="do not exist: index.ipynb, 01_missing.ipynb"): project.check_listed(tmp_path)
-    for name in ("index", "01_missing"): (tmp_path/"nbs"/f"{name}.ipynb").touch()
-    with pytest.raises(project.Problem, match="does not list: 02_forgotten.ipynb"): project.check_listed(tmp_path)
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "nbs" / "02_forgotten.ipynb").touch()
+    (tmp_path / "_quarto.yml").write_text(
+        "website: {sidebar: {contents: [index.ipynb, {section: A, contents: [01_missing.ipynb]}]}}"
+    )
+    with pytest.raises(project.Problem, match="do not exist: index.ipynb, 01_missing.ipynb"):
+        project.check_listed(tmp_path)
+    for name in ("index", "01_missing"):
+        (tmp_path / "nbs" / f"{name}.ipynb").touch()
+    with pytest.raises(project.Problem, match="does not list: 02_forgotten.ipynb"):
+        project.check_listed(tmp_path)
 
 
 def test_equations_become_mathml_or_an_error():
     page = r'<link href="https://cdn/katex@1/katex.css"><span class="math inline">\(a &lt; \tilde H\)</span> <span class="math display">\[x \tag{6}\]</span>'
     out = project.mathml("p.html", page)
     assert out.count("<math") == 2 and "&lt;" in out and "(6)" in out and "katex" not in out
-    with pytest.raises(project.Problem, match=r"p.html.*\\nonsense"): project.mathml("p.html", r'<span class="math inline">\(\nonsense\)</span>')
+    with pytest.raises(project.Problem, match=r"p.html.*\\nonsense"):
+        project.mathml("p.html", r'<span class="math inline">\(\nonsense\)</span>')
 
 
-@pytest.mark.parametrize("text, complaint", [
-    ('<span class="math inline">x^2</span>', "left as TeX"), ('<script src="https://cdn/x.js"></script>', "from the network"),
-    (r"<p>$ \frac12 $</p>", "TeX outside"), ('<a href="gone.html">x</a>', "broken link gone.html"), ('<a href="#gone">x</a>', "broken link #gone")])
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ('<span class="math inline">x^2</span>', "left as TeX"),
+        ('<script src="https://cdn/x.js"></script>', "from the network"),
+        (r"<p>$ \frac12 $</p>", "TeX outside"),
+        ('<a href="gone.html">x</a>', "broken link gone.html"),
+        ('<a href="#gone">x</a>', "broken link #gone"),
+    ],
+)
 def test_a_page_that_does_not_stand_alone(tmp_path, text, complaint):
-    (tmp_path/"p.html").write_text(text)
-    with pytest.raises(project.Problem, match=complaint): project.check_page(tmp_path, text, "p.html")
+    (tmp_path / "p.html").write_text(text)
+    with pytest.raises(project.Problem, match=complaint):
+        project.check_page(tmp_path, text, "p.html")
 
 
 @pytest.mark.slow
 def test_the_site_builds():
-    done = subprocess.run([sys.executable, ROOT/".ci"/"project.py", "docs"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / ".ci" / "project.py", "docs"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    assert all((ROOT/"_docs"/project.out_name(p)).exists() for p in NOTEBOOKS)
+    assert all((ROOT / "_docs" / project.out_name(p)).exists() for p in NOTEBOOKS)
 
 
 # ---- notebooks
 
+
 @each_notebook
-def test_notebook_is_small(path): assert path.stat().st_size <= 200 * 1024
+def test_notebook_is_small(path):
+    assert path.stat().st_size <= 200 * 1024
 
 
 @each_notebook
 def test_notebook_follows_the_rules(path):
     for src in cells(path):
-        assert not any(d == "eval:" and v.lower() == "false" for d, v in directives(src)), f"`eval: false`:\n{src}"
-        if exported(src): assert not any(isinstance(n, ast.ImportFrom) and n.names[0].name == "*" for n in ast.walk(python(src))), f"star import:\n{src}"
+        assert not any(d == "eval:" and v.lower() == "false" for d, v in directives(src)), (
+            f"`eval: false`:\n{src}"
+        )
+        if exported(src):
+            assert not any(
+                isinstance(n, ast.ImportFrom) and n.names[0].name == "*" for n in ast.walk(python(src))
+            ), f"star import:\n{src}"
 
 
 @each_notebook
@@ -108,47 +156,64 @@ def test_import_cells_hold_imports_and_seeds_only(path):
     "nbdev runs any cell with an import when it builds the site, and runs few others: mixed cells fail there."
     for src in cells(path):
         body, imports = python(src).body, (ast.Import, ast.ImportFrom)
-        if not any(isinstance(n, imports) for b in body for n in ([b] if exported(src) else ast.walk(b))): continue
+        if not any(isinstance(n, imports) for b in body for n in ([b] if exported(src) else ast.walk(b))):
+            continue
         other = [ast.unparse(n) for n in body if not isinstance(n, imports)]
-        assert all(re.fullmatch(r"[\w.]+seed\(\d+\)", o) for o in other), f"imports and other code in one cell:\n{src}"
+        assert all(re.fullmatch(r"[\w.]+seed\(\d+\)", o) for o in other), (
+            f"imports and other code in one cell:\n{src}"
+        )
 
 
 @each_notebook
 def test_title_cell_holds_title_and_description_only(path):
     "nbdev makes the page's front matter of that cell and drops whatever else it holds."
-    assert re.fullmatch(r"# \S[^\n]*(\n+> \S[^\n]*)?\s*", cells(path, "markdown")[0]), "move the rest into a cell of its own"
+    assert re.fullmatch(r"# \S[^\n]*(\n+> \S[^\n]*)?\s*", cells(path, "markdown")[0]), (
+        "move the rest into a cell of its own"
+    )
 
 
 @each_notebook
 def test_an_exporting_notebook_asserts(path):
     code = cells(path)
-    if any(exported(src) for src in code): assert any(re.search(r"^\s*(assert\b|test_\w+\()", src, flags=re.M) for src in code if not exported(src))
+    if any(exported(src) for src in code):
+        assert any(
+            re.search(r"^\s*(assert\b|test_\w+\()", src, flags=re.M) for src in code if not exported(src)
+        )
 
 
 @each_notebook
 def test_links_between_notebooks_lead_somewhere(path):
     links = re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", "\n".join(cells(path, "markdown")))
-    assert [x for x in links if x.endswith((".ipynb", ".png")) and not (path.parent/x).exists()] == []
+    assert [x for x in links if x.endswith((".ipynb", ".png")) and not (path.parent / x).exists()] == []
 
 
 # ---- the package
+
 
 def chapters():
     "Module name -> chapter number, from `default_exp`."
     found = {}
     for p in NOTEBOOKS:
         for src in cells(p):
-            for m in re.findall(r"^#\|\s*default_exp\s+(\w+)", src, flags=re.M): found[m] = p.stem.split("_")[0]
+            for m in re.findall(r"^#\|\s*default_exp\s+(\w+)", src, flags=re.M):
+                found[m] = p.stem.split("_")[0]
     return found
 
 
 def test_modules_import_from_lower_chapters_only():
     number, seen = chapters(), 0
     for name, n in number.items():
-        for node in ast.walk(ast.parse((ROOT/"ngc_etf"/f"{name}.py").read_text(encoding="utf-8"))):
-            if not isinstance(node, (ast.Import, ast.ImportFrom)): continue
-            if isinstance(node, ast.Import): used = [a.name for a in node.names]
-            else: used = ["ngc_etf." + node.module if node.level else node.module] if node.module else ["ngc_etf." + a.name for a in node.names]
+        for node in ast.walk(ast.parse((ROOT / "ngc_etf" / f"{name}.py").read_text(encoding="utf-8"))):
+            if not isinstance(node, (ast.Import, ast.ImportFrom)):
+                continue
+            if isinstance(node, ast.Import):
+                used = [a.name for a in node.names]
+            else:
+                used = (
+                    ["ngc_etf." + node.module if node.level else node.module]
+                    if node.module
+                    else ["ngc_etf." + a.name for a in node.names]
+                )
             for m in (u.split(".")[1] for u in used if u.startswith("ngc_etf.")):
                 seen += 1
                 assert number[m] < n, f"{name} (chapter {n}) imports {m} (chapter {number[m]})"
@@ -157,7 +222,12 @@ def test_modules_import_from_lower_chapters_only():
 
 def test_heads_do_not_import_fastai():
     code = "import sys, ngc_etf.heads; print(*(m for m in sys.modules if m.split('.')[0] == 'fastai'))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == ""
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == ""
+    )
 
 
 PUBLIC = """
@@ -210,22 +280,28 @@ def test_public_names_and_parameters(line):
     "What others call keeps its name, and its parameters their names, order and defaults; more may follow, each with a default."
     module, *names = line.split("(")[0].split(".")
     obj = importlib.import_module(f"ngc_etf.{module}")
-    for n in names: obj = getattr(obj, n)
+    for n in names:
+        obj = getattr(obj, n)
     want = ast.parse(f"def f({line.split('(', 1)[1]}: pass").body[0].args
     have = list(inspect.signature(obj).parameters.values())
-    assert [p.name for p in have[:len(want.args)]] == [a.arg for a in want.args]
-    for p, default in zip(have[len(want.args)-len(want.defaults):], want.defaults): assert p.default == ast.literal_eval(default), p
-    for p in have[len(want.args):]: assert p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD), f"{p.name} has no default"
+    assert [p.name for p in have[: len(want.args)]] == [a.arg for a in want.args]
+    for p, default in zip(have[len(want.args) - len(want.defaults) :], want.defaults):
+        assert p.default == ast.literal_eval(default), p
+    for p in have[len(want.args) :]:
+        assert p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD), (
+            f"{p.name} has no default"
+        )
 
 
 def test_solvers_are_named():
     from ngc_etf.nearest import SOLVERS
+
     assert {"svd", "trust_region"} <= set(SOLVERS)
 
 
 def test_commands_lead_to_functions():
     cfg = ConfigParser(delimiters=["="])
-    cfg.read(ROOT/"settings.ini", encoding="utf-8")
+    cfg.read(ROOT / "settings.ini", encoding="utf-8")
     scripts = dict(s.split("=") for s in cfg["DEFAULT"]["console_scripts"].split())
     assert set(scripts) == {"ngc_train", "ngc_report", "ngc_cost"}
     for target in scripts.values():
@@ -235,14 +311,20 @@ def test_commands_lead_to_functions():
 
 # ---- nothing of one machine in the files
 
+
 def test_no_path_of_one_machine():
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+    files = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")[:-1]
     machine = re.compile(r"(?<![\w.~$}*])/(?:work|tmp|root|home|mnt|opt)/\w|site-packages|[A-Z]:\\Users")
     found = []
     for f in files:
-        if (ROOT/f).is_symlink() or not (ROOT/f).exists(): continue
-        try: text = (ROOT/f).read_text(encoding="utf-8")
-        except UnicodeDecodeError: continue
+        if (ROOT / f).is_symlink() or not (ROOT / f).exists():
+            continue
+        try:
+            text = (ROOT / f).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
         text = re.sub(r'"image/png": "[^"]*"', "", text)
         found += [f"{f}: {m[0]}" for m in machine.finditer(text) if f != "tests/test_project.py"]
     assert len(files) > 10 and found == []

@@ -1,4 +1,5 @@
 "The runner around a run: suites, folders, clusters, trackers, dry runs, several processes, full disks, other versions."
+
 import importlib.util, json, os, subprocess, sys
 from pathlib import Path
 
@@ -7,7 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from ngc_etf.experiment import Rows, SharedBatchNorm, experiment, run
+from ngc_etf.rows import Rows
+from ngc_etf.team import SharedBatchNorm
+from ngc_etf.experiment import get_experiment
+from ngc_etf.runner import run
 from ngc_etf.suite import chosen, estimate, suite_cells, to_do, train_main, train_parser
 from test_data import tree
 
@@ -15,42 +19,69 @@ TRAIN = "from ngc_etf.suite import train_main; train_main()"
 QUIET = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def rows_of(folder, stem): return pd.read_csv(folder/f"{stem}.csv").drop(columns="seconds")
+def rows_of(folder, stem):
+    return pd.read_csv(folder / f"{stem}.csv").drop(columns="seconds")
 
 
 def refused(*argv):
-    with pytest.raises(SystemExit) as e: train_main([str(a) for a in argv])
+    with pytest.raises(SystemExit) as e:
+        train_main([str(a) for a in argv])
     assert "\n" not in str(e.value.code)
     return str(e.value.code)
 
 
 # folders of images
 
+
 @pytest.fixture
-def birds(tmp_path): tree(tmp_path/"data"/"birds", C=4, n=6); return tmp_path
+def birds(tmp_path):
+    tree(tmp_path / "data" / "birds", C=4, n=6)
+    return tmp_path
 
 
 def birds_command(tmp_path, out, *more):
-    return ["--experiment", "folder:birds", "--net", "resnet18", "--size", "16", "--epochs", "2", "--batch-size", "12", "--device", "cpu",
-            "--data", str(tmp_path/"data"), "--out", str(tmp_path/out), *more]
+    return [
+        "--experiment",
+        "folder:birds",
+        "--net",
+        "resnet18",
+        "--size",
+        "16",
+        "--epochs",
+        "2",
+        "--batch-size",
+        "12",
+        "--device",
+        "cpu",
+        "--data",
+        str(tmp_path / "data"),
+        "--out",
+        str(tmp_path / out),
+        *more,
+    ]
 
 
 def test_any_folder_with_any_number_of_workers(birds):
-    for workers in ("0", "2"): train_main(birds_command(birds, workers, "--workers", workers))
-    one, two = (rows_of(birds/w, "birds-resnet18/nearest-s0") for w in ("0", "2"))
+    for workers in ("0", "2"):
+        train_main(birds_command(birds, workers, "--workers", workers))
+    one, two = (rows_of(birds / w, "birds-resnet18/nearest-s0") for w in ("0", "2"))
     pd.testing.assert_frame_equal(one, two, check_exact=True)
-    about = json.loads((birds/"0"/"birds-resnet18"/"nearest-s0.json").read_text())
+    about = json.loads((birds / "0" / "birds-resnet18" / "nearest-s0.json").read_text())
     assert about["C"] == 4 and about["experiment"]["data"] == "folder:birds" and about["format"] == 1
 
 
 def test_folder_complaints(birds):
-    (birds/"data"/"birds"/"train"/"n0001"/"3.jpeg").write_bytes(b"\xff\xd8\xff not a picture")
+    (birds / "data" / "birds" / "train" / "n0001" / "3.jpeg").write_bytes(b"\xff\xd8\xff not a picture")
     for workers in ("0", "2"):
         says = refused(*birds_command(birds, "out", "--workers", workers))
         assert "3.jpeg is damaged" in says and says.startswith("ngc_train: image ")
-    assert not list((birds/"out").rglob("*.csv"))
-    assert "expected one sub-folder a class" in refused("--experiment", "folder:fish", "--data", birds/"data", "--out", birds/"out")
-    assert "expected one sub-folder a class" in refused("--experiment", "imagenet-resnet50", "--data", birds/"data", "--out", birds/"out")
+    assert not list((birds / "out").rglob("*.csv"))
+    assert "expected one sub-folder a class" in refused(
+        "--experiment", "folder:fish", "--data", birds / "data", "--out", birds / "out"
+    )
+    assert "expected one sub-folder a class" in refused(
+        "--experiment", "imagenet-resnet50", "--data", birds / "data", "--out", birds / "out"
+    )
     assert "unknown network name='resnet19'" in refused(*birds_command(birds, "out", "--net", "resnet19"))
 
 
@@ -60,14 +91,18 @@ SUITE = ["--suite", "demo", "--method", "fixed", "--seeds", "2", "--epochs", "2"
 
 
 def test_a_failing_cell_stops_no_other(tmp_path, capsys):
-    (blocked := tmp_path/"digits-net").mkdir()
-    (blocked/"fixed-s0.json").write_text("{")
+    (blocked := tmp_path / "digits-net").mkdir()
+    (blocked / "fixed-s0.json").write_text("{")
     says = refused(*SUITE, "--out", tmp_path)
     assert says == "ngc_train: 1 cells failed: digits-net/fixed-s0; the same command tries them again"
     said = capsys.readouterr()
-    assert "digits-net/fixed-s0 failed: " in said.err and "fixed-s0.json is damaged" in said.err and said.out.count("epoch 2") == 3
+    assert (
+        "digits-net/fixed-s0 failed: " in said.err
+        and "fixed-s0.json is damaged" in said.err
+        and said.out.count("epoch 2") == 3
+    )
     assert sorted(p.stem for p in tmp_path.rglob("fixed-s?.csv")) == ["fixed-s0", "fixed-s1", "fixed-s1"]
-    (blocked/"fixed-s0.json").unlink()
+    (blocked / "fixed-s0.json").unlink()
     train_main([*SUITE, "--out", str(tmp_path)])
     said = capsys.readouterr().out
     assert "3 of 4 cells are done already" in said and "[1/1] digits-net/fixed-s0: epoch 2" in said
@@ -78,48 +113,73 @@ def test_a_failing_cell_stops_no_other(tmp_path, capsys):
 def test_the_most_advanced_comes_first(tmp_path):
     cells = suite_cells("demo", epochs=4)
     for exp, epoch in ((cells[2], 1), (cells[5], 3)):
-        rows = Rows(exp, tmp_path); rows.append(epoch, train_loss=1.); rows.save()
+        rows = Rows(exp, tmp_path)
+        rows.append(epoch, train_loss=1.0)
+        rows.save()
     assert [e.stem for e in to_do(cells, tmp_path)][:3] == [cells[5].stem, cells[2].stem, cells[0].stem]
 
 
-@pytest.mark.parametrize("argv, says", [
-    (["--suite", "demo", "--seeds", "0"], "--seeds N, at least 1"), (["--experiment", "ufm-10", "--seeds", "2"], "goes with --suite"),
-    (["--suite", "demo", "--method", "fixed-haar"], "it has standard, fixed, nearest"), (["--suite", "demo", "--method", "best"], "nearest-no-ddn, got 'best'"),
-    (["--experiment", "digits-net", "--net", "resnet18"], "only folder:PATH"), (["--experiment", "digits-net", "--sampler", "x"], "stratified, authors, got 'x'"),
-    (["--experiment", "digits-net", "--tail", "0.5"], "tail must be at least 1"), (["--experiment", "digits-net", "--device", "cuda:99"], "cuda:99"),
-    (["--experiment", "digits-net", "--device", "gpu"], "cpu, cuda or cuda:N, got 'gpu'"), (["--experiment", "digits-net", "--tracker", "x"], "tensorboard, wandb, got 'x'"),
-    (["--experiment", "ufm-10", "--tracker", "tensorboard"], "free features are one batch"), (["--experiment", "ufm-10", "--compile"], "free features are one batch"),
-    (["--experiment", "ufm-10", "--cluster", "grid"], "local, slurm, got 'grid'"), (["--experiment", "ufm-10", "--cluster", "local", "--cluster-options", "a"], "KEY=VALUE pairs, got a")])
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--suite", "demo", "--seeds", "0"], "--seeds N, at least 1"),
+        (["--experiment", "ufm-10", "--seeds", "2"], "goes with --suite"),
+        (["--suite", "demo", "--method", "fixed-haar"], "it has standard, fixed, nearest"),
+        (["--suite", "demo", "--method", "best"], "nearest-no-ddn, got 'best'"),
+        (["--experiment", "digits-net", "--net", "resnet18"], "only folder:PATH"),
+        (["--experiment", "digits-net", "--sampler", "x"], "stratified, authors, got 'x'"),
+        (["--experiment", "digits-net", "--tail", "0.5"], "tail must be at least 1"),
+        (["--experiment", "digits-net", "--device", "cuda:99"], "cuda:99"),
+        (["--experiment", "digits-net", "--device", "gpu"], "cpu, cuda or cuda:N, got 'gpu'"),
+        (["--experiment", "digits-net", "--tracker", "x"], "tensorboard, wandb, got 'x'"),
+        (["--experiment", "ufm-10", "--tracker", "tensorboard"], "free features are one batch"),
+        (["--experiment", "ufm-10", "--compile"], "free features are one batch"),
+        (["--experiment", "ufm-10", "--cluster", "grid"], "local, slurm, got 'grid'"),
+        (
+            ["--experiment", "ufm-10", "--cluster", "local", "--cluster-options", "a"],
+            "KEY=VALUE pairs, got a",
+        ),
+    ],
+)
 def test_refusals(argv, says, tmp_path):
     assert says in refused(*argv, "--out", tmp_path) and not list(tmp_path.rglob("*.csv"))
 
 
 def test_the_switches_reach_the_description():
-    args = train_parser().parse_args(["--experiment", "digits-net", "--sampler", "authors", "--tail", "10", "--method", "fixed"])
-    exp, = chosen(args)
-    assert (exp.sampler, exp.tail, exp.stratified) == ("authors", 10., False)
+    args = train_parser().parse_args(
+        ["--experiment", "digits-net", "--sampler", "authors", "--tail", "10", "--method", "fixed"]
+    )
+    (exp,) = chosen(args)
+    assert (exp.sampler, exp.tail, exp.stratified) == ("authors", 10.0, False)
 
 
 # what lies in the folder already
 
+
 def test_committed_rows_are_still_valid():
     "Written before the fields sampler, tail and size were born."
-    rows = Rows(experiment("ufm-10"), Path(__file__).parent.parent/"results")
+    rows = Rows(get_experiment("ufm-10"), Path(__file__).parent.parent / "results")
     assert "sampler" not in json.loads(rows.json.read_text())["experiment"] and rows.done
 
 
 @pytest.mark.parametrize("change", [{"format": 2}, {"experiment": {"colour": 1}}])
 def test_a_folder_of_another_version(change, tmp_path):
-    rows = run(experiment("ufm-10", epochs=3), tmp_path, progress=False)
+    rows = run(get_experiment("ufm-10", epochs=3), tmp_path, progress=False)
     about = json.loads(rows.json.read_text())
-    rows.json.write_text(json.dumps(about | change | {"experiment": about["experiment"] | change.get("experiment", {})}))
+    rows.json.write_text(
+        json.dumps(about | change | {"experiment": about["experiment"] | change.get("experiment", {})})
+    )
     before = rows.csv.read_bytes()
     says = refused("--experiment", "ufm-10", "--epochs", "3", "--out", tmp_path)
-    assert f"{rows.json} belongs to a results folder of another version" in says and "reads format 1" in says and rows.csv.read_bytes() == before
+    assert (
+        f"{rows.json} belongs to a results folder of another version" in says
+        and "reads format 1" in says
+        and rows.csv.read_bytes() == before
+    )
 
 
 def test_a_checkpoint_of_another_configuration(tmp_path):
-    rows = Rows(experiment("digits-net", epochs=3, gain=2.), tmp_path)
+    rows = Rows(get_experiment("digits-net", epochs=3, gain=2.0), tmp_path)
     rows.checkpoint(epoch=1)
     says = refused("--experiment", "digits-net", "--epochs", "3", "--out", tmp_path, "--device", "cpu")
     assert "another configuration ({'gain': 2.0})" in says and rows.ckpt.exists()
@@ -129,72 +189,167 @@ def test_a_checkpoint_of_another_configuration(tmp_path):
 @pytest.mark.parametrize("suffix", [".csv", ".ckpt"])
 def test_a_full_disk(suffix, tmp_path, monkeypatch):
     "In the third epoch the disk is full: the file is named, the rows so far are whole, and the run goes on when there is room."
-    exp, replace, count = experiment("digits-net", epochs=3, method="fixed"), Rows.replace, []
-    whole = run(exp, tmp_path/"whole", progress=False)
+    exp, replace, count = get_experiment("digits-net", epochs=3, method="fixed"), Rows.replace, []
+    whole = run(exp, tmp_path / "whole", progress=False)
+
     def full(self, path, write):
         count.extend([1] * (path.suffix == suffix))
-        if path.suffix == suffix and len(count) == 3: path.with_name(path.name + ".part").symlink_to("/dev/full")
+        if path.suffix == suffix and len(count) == 3:
+            path.with_name(path.name + ".part").symlink_to("/dev/full")
         replace(self, path, write)
+
     monkeypatch.setattr(Rows, "replace", full)
-    says = refused("--experiment", "digits-net", "--epochs", "3", "--method", "fixed", "--out", tmp_path/"full", "--device", "cpu")
-    rows = Rows(exp, tmp_path/"full")
-    assert f"{rows.csv.with_suffix(suffix)} could not be written" in says and "No space left" in says and "intact" in says
-    assert rows.epoch == {".csv": 2, ".ckpt": 3}[suffix] and rows.ckpt.exists() and not list(tmp_path.rglob("*.part"))
-    run(exp, tmp_path/"full", progress=False)
-    pd.testing.assert_frame_equal(*(pd.read_csv(r.csv).drop(columns="seconds") for r in (whole, rows)), check_exact=True)
+    says = refused(
+        "--experiment",
+        "digits-net",
+        "--epochs",
+        "3",
+        "--method",
+        "fixed",
+        "--out",
+        tmp_path / "full",
+        "--device",
+        "cpu",
+    )
+    rows = Rows(exp, tmp_path / "full")
+    assert (
+        f"{rows.csv.with_suffix(suffix)} could not be written" in says
+        and "No space left" in says
+        and "intact" in says
+    )
+    assert (
+        rows.epoch == {".csv": 2, ".ckpt": 3}[suffix]
+        and rows.ckpt.exists()
+        and not list(tmp_path.rglob("*.part"))
+    )
+    run(exp, tmp_path / "full", progress=False)
+    pd.testing.assert_frame_equal(
+        *(pd.read_csv(r.csv).drop(columns="seconds") for r in (whole, rows)), check_exact=True
+    )
 
 
 # clusters, trackers, dry runs, compiling
 
+
 def test_two_cells_on_the_local_cluster(tmp_path, capsys):
     pytest.importorskip("submitit")
-    train_main([*SUITE[:5], "1", *SUITE[6:], "--out", str(tmp_path), "--cluster", "local", "--cluster-options", "timeout_min=10"])
-    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*-s0.csv")) == ["digits-net/fixed-s0.csv", "ufm-10/fixed-s0.csv"]
+    train_main(
+        [
+            *SUITE[:5],
+            "1",
+            *SUITE[6:],
+            "--out",
+            str(tmp_path),
+            "--cluster",
+            "local",
+            "--cluster-options",
+            "timeout_min=10",
+        ]
+    )
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*-s0.csv")) == [
+        "digits-net/fixed-s0.csv",
+        "ufm-10/fixed-s0.csv",
+    ]
     said = capsys.readouterr().out
     assert "[2/2] digits-net/fixed-s0: job" in said and "ufm-10/fixed-s0: epoch 2" in said
 
 
 def test_the_cluster_complains(tmp_path, monkeypatch):
     if importlib.util.find_spec("submitit"):
-        assert "does not take this" in refused(*SUITE, "--out", tmp_path, "--cluster", "local", "--cluster-options", "colour=3")
+        assert "does not take this" in refused(
+            *SUITE, "--out", tmp_path, "--cluster", "local", "--cluster-options", "colour=3"
+        )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "needs the package submitit: pip install submitit" in refused(*SUITE, "--out", tmp_path, "--cluster", "local")
-    assert "tracker 'wandb' is not installed: pip install wandb" in refused("--experiment", "digits-net", "--tracker", "wandb", "--out", tmp_path)
+    assert "needs the package submitit: pip install submitit" in refused(
+        *SUITE, "--out", tmp_path, "--cluster", "local"
+    )
+    assert "tracker 'wandb' is not installed: pip install wandb" in refused(
+        "--experiment", "digits-net", "--tracker", "wandb", "--out", tmp_path
+    )
 
 
 def test_tensorboard_gets_the_rows(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    rows = run(experiment("digits-net", epochs=2), tmp_path, progress=False, tracker="tensorboard")
-    events = EventAccumulator(str(rows.csv.with_suffix(".tensorboard"))); events.Reload()
+
+    rows = run(get_experiment("digits-net", epochs=2), tmp_path, progress=False, tracker="tensorboard")
+    events = EventAccumulator(str(rows.csv.with_suffix(".tensorboard")))
+    events.Reload()
     table = pd.read_csv(rows.csv)
-    for k in ("train_top1", "test_top1", "nc1"): assert [e.value for e in events.Scalars(k)] == pytest.approx(table[k].tolist(), rel=1e-5)
+    for k in ("train_top1", "test_top1", "nc1"):
+        assert [e.value for e in events.Scalars(k)] == pytest.approx(table[k].tolist(), rel=1e-5)
     assert len(events.Scalars("train_loss")) >= 2 * 23
 
 
 def test_dry_runs_need_no_data(tmp_path, capsys):
-    train_main(["--suite", "demo", "--dry-run", "--device", "cpu", "--data", str(tmp_path/"none"), "--out", str(tmp_path)])
-    train_main(["--experiment", "stl10-vgg13", "--batch-size", "4", "--epochs", "1", "--dry-run", "--device", "cpu", "--data", str(tmp_path/"none"), "--out", str(tmp_path)])
+    train_main(
+        [
+            "--suite",
+            "demo",
+            "--dry-run",
+            "--device",
+            "cpu",
+            "--data",
+            str(tmp_path / "none"),
+            "--out",
+            str(tmp_path),
+        ]
+    )
+    train_main(
+        [
+            "--experiment",
+            "stl10-vgg13",
+            "--batch-size",
+            "4",
+            "--epochs",
+            "1",
+            "--dry-run",
+            "--device",
+            "cpu",
+            "--data",
+            str(tmp_path / "none"),
+            "--out",
+            str(tmp_path),
+        ]
+    )
     said = capsys.readouterr().out
     assert said.count("nearest-s0") == 3 and "images/s" in said and not list(tmp_path.rglob("*"))
 
 
 def test_an_estimate_follows_the_sizes():
-    short, long = (estimate(experiment("digits-net", epochs=e, every=10**6, batch_size=32), device="cpu", n=1) for e in (100, 10000))
-    assert long["hours"] > 10 * short["hours"] and short["GB"] > .05
+    short, long = (
+        estimate(get_experiment("digits-net", epochs=e, every=10**6, batch_size=32), device="cpu", n=1)
+        for e in (100, 10000)
+    )
+    assert long["hours"] > 10 * short["hours"] and short["GB"] > 0.05
 
 
 def test_compile_complains(tmp_path, monkeypatch):
     from torch._dynamo.exc import Unsupported
-    def no(self, *a, **k): raise Unsupported("no compiler in sight")
+
+    def no(self, *a, **k):
+        raise Unsupported("no compiler in sight")
+
     monkeypatch.setattr(nn.Module, "compile", no)
-    assert "torch.compile does not work here (Unsupported: no compiler in sight): leave --compile out" in refused("--experiment", "digits-net", "--compile", "--out", tmp_path, "--device", "cpu")
+    assert (
+        "torch.compile does not work here (Unsupported: no compiler in sight): leave --compile out"
+        in refused("--experiment", "digits-net", "--compile", "--out", tmp_path, "--device", "cpu")
+    )
 
 
 @pytest.mark.slow
 def test_compiled_rows_agree(tmp_path):
     "Compiling changes the rounding and is noted; the rows of a gentle epoch agree to a thousandth."
-    one, two = (run(experiment("digits-net", epochs=1, gain=.1), tmp_path/str(c), device="cpu", progress=False, compile=c) for c in (False, True))
+    one, two = (
+        run(
+            get_experiment("digits-net", epochs=1, gain=0.1),
+            tmp_path / str(c),
+            device="cpu",
+            progress=False,
+            compile=c,
+        )
+        for c in (False, True)
+    )
     assert json.loads(two.json.read_text())["environment"]["compiled"]
     a, b = (pd.read_csv(r.csv) for r in (one, two))
     assert a.train_loss[0] == pytest.approx(b.train_loss[0], rel=1e-3)
@@ -202,36 +357,79 @@ def test_compiled_rows_agree(tmp_path):
 
 # several processes
 
+
 def torchrun(n, *argv, code=TRAIN):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "--no-python"] if n > 1 else []
-    return subprocess.run([*launch, sys.executable, "-c", code, *map(str, argv)], env=QUIET, capture_output=True, text=True)
+    launch = (
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(n),
+            "--no-python",
+        ]
+        if n > 1
+        else []
+    )
+    return subprocess.run(
+        [*launch, sys.executable, "-c", code, *map(str, argv)], env=QUIET, capture_output=True, text=True
+    )
 
 
-@pytest.mark.parametrize("method", ["nearest", pytest.param("standard", marks=pytest.mark.slow), pytest.param("fixed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "nearest",
+        pytest.param("standard", marks=pytest.mark.slow),
+        pytest.param("fixed", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_write_the_rows_of_one(method, tmp_path):
     """BatchNorm, class means, gradients and metrics are those of the whole batch: the rows agree to 1e-5 after 46 steps.
 
     In float64, for with gain 10 the training itself amplifies float32's rounding until it shows in the second digit."""
     argv = ["--experiment", "digits-net", "--method", method, "--epochs", "2", "--device", "cpu", "--out"]
-    done = [torchrun(n, *argv, tmp_path/str(n), code="import torch; torch.set_default_dtype(torch.float64);" + TRAIN) for n in (1, 2)]
+    done = [
+        torchrun(
+            n, *argv, tmp_path / str(n), code="import torch; torch.set_default_dtype(torch.float64);" + TRAIN
+        )
+        for n in (1, 2)
+    ]
     assert [d.returncode for d in done] == [0, 0], done[1].stderr
-    assert done[1].stdout.count("epoch 2") == 1 and "it/s" not in done[1].stderr  # one process speaks, and no bar where there is no terminal
-    one, two = (rows_of(tmp_path/n, f"digits-net/{method}-s0") for n in "12")
+    assert (
+        done[1].stdout.count("epoch 2") == 1 and "it/s" not in done[1].stderr
+    )  # one process speaks, and no bar where there is no terminal
+    one, two = (rows_of(tmp_path / n, f"digits-net/{method}-s0") for n in "12")
     pd.testing.assert_frame_equal(one, two, rtol=1e-5, atol=1e-9)
-    assert json.loads((tmp_path/"2"/"digits-net"/f"{method}-s0.json").read_text())["environment"]["processes"] == 2
-    margins = [pd.read_csv(tmp_path/n/"digits-net"/f"{method}-s0.margins.csv") for n in "12"]
+    assert (
+        json.loads((tmp_path / "2" / "digits-net" / f"{method}-s0.json").read_text())["environment"][
+            "processes"
+        ]
+        == 2
+    )
+    margins = [pd.read_csv(tmp_path / n / "digits-net" / f"{method}-s0.margins.csv") for n in "12"]
     pd.testing.assert_frame_equal(*margins, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_two_processes_refuse(tmp_path):
-    assert "free features are one batch" in torchrun(2, "--experiment", "ufm-10", "--device", "cpu", "--out", tmp_path).stderr
-    assert "multiple of the number of processes, got 63 and 2" in torchrun(2, "--experiment", "digits-net", "--batch-size", "63", "--device", "cpu", "--out", tmp_path).stderr
+    assert (
+        "free features are one batch"
+        in torchrun(2, "--experiment", "ufm-10", "--device", "cpu", "--out", tmp_path).stderr
+    )
+    assert (
+        "multiple of the number of processes, got 63 and 2"
+        in torchrun(
+            2, "--experiment", "digits-net", "--batch-size", "63", "--device", "cpu", "--out", tmp_path
+        ).stderr
+    )
 
 
 def test_shared_batch_norm_is_batch_norm(tmp_path):
     "With one process it is torch's own: output, gradient and running statistics."
     import torch.distributed as dist
+
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         ours, theirs = SharedBatchNorm(3, affine=False), nn.BatchNorm2d(3, affine=False)
@@ -240,7 +438,11 @@ def test_shared_batch_norm_is_batch_norm(tmp_path):
             a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
             za, zb = ours(a), theirs(b)
             w = torch.randn_like(za)
-            (za * w).sum().backward(); (zb * w).sum().backward()
-            torch.testing.assert_close(za, zb, atol=1e-5, rtol=1e-5); torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-5)
-        for k, v in theirs.state_dict().items(): torch.testing.assert_close(ours.state_dict()[k], v)
-    finally: dist.destroy_process_group()
+            (za * w).sum().backward()
+            (zb * w).sum().backward()
+            torch.testing.assert_close(za, zb, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-5)
+        for k, v in theirs.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[k], v)
+    finally:
+        dist.destroy_process_group()
