@@ -58,7 +58,10 @@ def fresh(tmp_path_factory):
     shutil.copytree(ROOT / "nbs", top / "nbs", symlinks=True)
     (top / "ngc_etf").mkdir()
     (top / "ngc_etf" / "__init__.py").write_text("")
-    code = "from nbdev.clean import nbdev_clean; from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__(); nbdev_clean.__wrapped__()"
+    code = (
+        "from nbdev.clean import nbdev_clean; from nbdev.doclinks import nbdev_export; "
+        "nbdev_export.__wrapped__(); nbdev_clean.__wrapped__()"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=top, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return top
@@ -90,7 +93,8 @@ def test_public_names_are_listed():
 
 
 def test_lines_are_plain():
-    done = subprocess.run([sys.executable, ROOT / ".ci" / "plain.py"], cwd=ROOT, capture_output=True, text=True)
+    check = [sys.executable, ROOT / ".ci" / "plain.py"]
+    done = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -120,7 +124,9 @@ def test_a_missing_page_and_a_forgotten_one_are_named(tmp_path):
 
 
 def test_equations_become_mathml_or_an_error():
-    page = r'<link href="https://cdn/katex@1/katex.css"><span class="math inline">\(a &lt; \tilde H\)</span> <span class="math display">\[x \tag{6}\]</span>'
+    inline, display = r"\(a &lt; \tilde H\)", r"\[x \tag{6}\]"
+    page = '<link href="https://cdn/katex@1/katex.css">'
+    page += f'<span class="math inline">{inline}</span> <span class="math display">{display}</span>'
     out = project.mathml("p.html", page)
     assert out.count("<math") == 2 and "&lt;" in out and "(6)" in out and "katex" not in out
     with pytest.raises(project.Problem, match=r"p.html.*\\nonsense"):
@@ -306,7 +312,7 @@ measure_collapse(model, loader, at="")
 
 @pytest.mark.parametrize("line", PUBLIC, ids=lambda s: s.split("(")[0])
 def test_public_names_and_parameters(line):
-    "What others call keeps its name; parameters keep names, order and defaults; more may follow with defaults."
+    "Names stay, and parameters' names, order and defaults; more may follow, with defaults."
     obj = ngc_etf
     for n in line.split("(")[0].split("."):
         obj = getattr(obj, n)
