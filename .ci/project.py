@@ -153,6 +153,8 @@ def docs(root=ROOT):
         )
     shutil.rmtree(out, ignore_errors=True)
     shutil.move(proc / "_docs", out)
+    for f in out.rglob("*.css"):
+        f.write_text(re.sub(r"@import\s+url\([^)]*//[^)]*\);", "", f.read_text(encoding="utf-8")), encoding="utf-8")
     (out / "site.css").write_text(CSS)
     shutil.copy(Path(ziamath.__file__).parent / "fonts" / FONT, out)
     if missing := [p for p in pages if not (out / out_name(p)).exists()]:
