@@ -154,7 +154,8 @@ def docs(root=ROOT):
     shutil.rmtree(out, ignore_errors=True)
     shutil.move(proc / "_docs", out)
     for f in out.rglob("*.css"):
-        f.write_text(re.sub(r"@import\s+url\([^)]*//[^)]*\);", "", f.read_text(encoding="utf-8")), encoding="utf-8")
+        css = f.read_text(encoding="utf-8")
+        f.write_text(re.sub(r"@import\s+url\([^)]*//[^)]*\);", "", css), encoding="utf-8")
     (out / "site.css").write_text(CSS)
     shutil.copy(Path(ziamath.__file__).parent / "fonts" / FONT, out)
     if missing := [p for p in pages if not (out / out_name(p)).exists()]:
@@ -167,10 +168,9 @@ def docs(root=ROOT):
         f: re.sub(link, r"`\1`", mathml(f.name, f.read_text(encoding="utf-8"))).replace(online, 'href="')
         for f in sorted(out.glob("*.html"))
     }
+    head = '<link rel="icon" href="data:,"><link rel="stylesheet" href="site.css"></head>'
     for f, s in done.items():
-        f.write_text(
-            s.replace("</head>", '<link rel="stylesheet" href="site.css"></head>', 1), encoding="utf-8"
-        )
+        f.write_text(s.replace("</head>", head, 1), encoding="utf-8")
     for f, s in done.items():
         check_page(out, s, f.name)
     for p in pages:
