@@ -147,15 +147,17 @@ def _checked_sums(h, y, C, check):
 
 # %% ../nbs/02_means.ipynb #c021
 def _centre(
-    means:Tensor,  # (C, d) class means, finite; any finite values where the count is 0
+    means:Tensor,  # (C, d) class means; any finite numbers where the count is 0
     counts:Tensor, # (C,) samples of each class, soft or whole; all 0 gives zeros
 )->tuple:          # H_bar (d, C), zero columns where the count is 0, and h_G (d,)
-    "Eqs. 4 and 5 from class means and counts, about the middle of the means: a large common offset costs no digits."
-    present = (counts > 0)[:, None]
-    ref = (means * present).sum(0).detach() / present.sum().clamp(min=1)  # cancels, so needs no gradient
-    offset = (means - ref) * present
-    shift = counts @ offset / counts.sum().clamp(min=torch.finfo(counts.dtype).tiny)
-    return ((offset - shift) * present).mT, ref + shift
+    "Eqs. 4 and 5, about the middle of the means, so that a large common offset costs no digits."
+    present = (counts > 0).to(means.dtype)
+    means = means * present[:, None]
+    share = counts / counts.sum().clamp(min=torch.finfo(counts.dtype).tiny)
+    middle = (present / present.sum().clamp(min=1)) @ means.detach()  # cancels, so needs no gradient
+    offset = torch.addr(means, present, middle, alpha=-1)
+    rest = offset.mT @ share
+    return torch.addr(offset, present, rest, alpha=-1).mT, middle + rest
 
 def _class_means(sums, counts):
     "Means (C, d) from sums (C, d) and counts (C,); 0 where the count is 0."
