@@ -142,7 +142,7 @@ def test_weight_averaging(kw):
     averaged.eval()
     assert off_etf(head.weight) < 1e-5 and head.is_etf()
     assert torch.allclose(head.bias, -head.weight @ head.means.global_mean.h_G, atol=1e-5)
-    assert not kw["use_buffers"] == torch.equal(state["weight"], head.weight)
+    assert not kw["use_buffers"] == torch.equal(state["W"], head.weight)
     once = head.weight.clone()
     averaged.train()
     averaged.eval()
@@ -266,7 +266,7 @@ def test_a_state_of_another_shape_is_refused_whole(Head, shape):
     net, other = Net(Head(D, C)).head, Head(*shape)
     state = copy.deepcopy(net.state_dict())
     for strict in (True, False):
-        with pytest.raises(ValueError, match="weight is .* there and .* here"):
+        with pytest.raises(ValueError, match="W is .* there and .* here"):
             net.load_state_dict(other.state_dict(), strict=strict)
     for k, v in net.state_dict().items():
         assert torch.equal(v, state[k]), k
