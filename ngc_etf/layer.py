@@ -35,9 +35,12 @@ class _OnSphere(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, g_scale):
         x, scale = ctx.saved_tensors
-        out = torch.zeros_like(x) if g is None else torch.addcmul(
-            g, x, (g * x).sum(1, keepdim=True), value=-1/ctx.tau**2).mul_(scale)
-        return out if g_scale is None else out - g_scale * scale**2 * x / ctx.tau**2, None
+        out = torch.zeros_like(x)
+        if g is not None:
+            out = torch.addcmul(g, x, (g * x).sum(1, keepdim=True), value=-1/ctx.tau**2).mul_(scale)
+        if g_scale is not None:
+            out = out - g_scale * scale**2 * x / ctx.tau**2
+        return out, None
 
 # %% ../nbs/04b_layer.ipynb #c010
 class _Pass:
@@ -46,11 +49,10 @@ class _Pass:
         self.total, self.y, self.state, self.repeated = x.detach().sum(0), y, state, False
 
     def distance(self, x, y)->float:
-        "How far the features' sum is from that of this pass, relative to it; infinity where the labels are others."
+        "How far the features' sum is from this pass's, relative to it; infinity where the labels are others."
         if y is not None and not (y.shape == self.y.shape and torch.equal(y, self.y)): return float("inf")
-        total = x.detach().sum(0)
-        if total.shape != self.total.shape: return float("inf")
-        return float((total - self.total).norm() / self.total.norm().clamp(min=torch.finfo(x.dtype).tiny))
+        smallest = torch.finfo(x.dtype).tiny
+        return float((x.detach().sum(0) - self.total).norm() / self.total.norm().clamp(min=smallest))
 
 class _Owner(torch.autograd.Function):
     "The identity; its node in the graph owns an object, which lives as long as the graph."
@@ -63,49 +65,54 @@ class _Owner(torch.autograd.Function):
     def backward(ctx, g):
         return g, None
 
-# %% ../nbs/04b_layer.ipynb #c011
+# %% ../nbs/04b_layer.ipynb #c012
 def _in_backward()->bool:
     "Whether autograd is walking a graph back: a forward pass now is the repetition of an earlier one."
     return torch._C._current_graph_task_id() != -1
 
 def _is_checkpointed()->bool:
-    "Whether this forward pass may be repeated: saved tensors are hooked, or a reentrant checkpoint has switched gradients off."
+    "Whether the forward pass under way may be repeated in a backward pass."
     if torch.is_grad_enabled(): return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     frame = sys._getframe()
     while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
         frame = frame.f_back
     return frame is not None
 
-# %% ../nbs/04b_layer.ipynb #c013
+# %% ../nbs/04b_layer.ipynb #c014
+_NO_SUCH_PASS = (
+    "a head's forward runs inside a backward pass, but repeats none of its earlier passes (other features or "
+    "labels, or a checkpointing that is not torch.utils.checkpoint): keep preserve_rng_state=True, or leave "
+    "the head outside the checkpointed part of the model")
+_TWO_SUCH_PASSES = (
+    "a checkpoint repeats one of two passes with the same features and labels, and which one cannot be told: "
+    "call backward() after each forward pass, or leave the head outside the checkpointed part of the model")
+
 class _Passes:
     "The passes of one head that may be repeated."
     def __init__(self):
-        self.all, self.kept = [], deque(maxlen=64)  # weak references; what no graph owns
+        self.refs = []               # weak references to all of them
+        self.kept = deque(maxlen=64) # those that no graph owns
 
     def note(self, x, y, state)->_Pass:
-        "A note of this pass; where a graph will be recorded, it is the caller's to keep."
+        "A note of this pass; where a graph is recorded, it is the caller's to keep."
         new = _Pass(x, y, state)
         self.kept = deque((p for p in self.kept if not p.repeated), self.kept.maxlen)
-        if not torch.is_grad_enabled(): self.kept.append(new)
-        self.all = [ref for ref in self.all if ref() is not None] + [weakref.ref(new)]
+        if not torch.is_grad_enabled():
+            self.kept.append(new)
+        self.refs = [ref for ref in self.refs if ref() is not None] + [weakref.ref(new)]
         return new
 
     def find(self, x, y)->_Pass:
-        "The pass that brought the same features and labels."
-        alive = [p for p in (ref() for ref in self.all) if p is not None]
-        near = sorted(((p.distance(x, y), i) for i, p in enumerate(alive)))
-        if not near or near[0][0] > 1e-2:
-            raise RuntimeError("a head's forward runs inside a backward pass, but it repeats none of its earlier passes "
-                "(other features or labels, or a checkpointing that is not torch.utils.checkpoint): "
-                "keep preserve_rng_state=True, or leave the head outside the checkpointed part of the model")
-        if len(near) > 1 and near[1][0] <= 10 * near[0][0]:
-            raise RuntimeError("two passes with the same features and labels wait for their backward, and a checkpoint "
-                "repeats one of them: call backward() after each forward pass, or leave the head outside the checkpointed part")
-        found = alive[near[0][1]]
-        found.repeated = True
-        return found
+        "The pass that brought these features and labels."
+        alive = [p for p in (ref() for ref in self.refs) if p is not None]
+        far = [p.distance(x, y) for p in alive]
+        near = sorted(range(len(far)), key=far.__getitem__)
+        if not near or far[near[0]] > 1e-2: raise RuntimeError(_NO_SUCH_PASS)
+        if len(near) > 1 and far[near[1]] <= 10 * far[near[0]]: raise RuntimeError(_TWO_SUCH_PASSES)
+        alive[near[0]].repeated = True
+        return alive[near[0]]
 
-# %% ../nbs/04b_layer.ipynb #c014
+# %% ../nbs/04b_layer.ipynb #c016
 class _Repeatable(Stateful):
     "A module with a state whose training pass may be repeated inside a backward pass."
     _needs_past = False  # whether the pass depends on the state that it begins with
@@ -114,15 +121,18 @@ class _Repeatable(Stateful):
         super().__init__()
         self._passes = _Passes()
 
-    def _snapshot(self): return [b.clone() for b in self.buffers()]
+    def _snapshot(self):
+        return [(b.clone(), b._version) for b in self.buffers()]
 
     @torch.no_grad()
     def _restore(self, state):
-        for b, old in zip(self.buffers(), state):
-            b.copy_(old)
+        "The buffers as they were; what has not changed is left alone, for a graph may have saved it."
+        for b, (old, version) in zip(self.buffers(), state):
+            if b._version != version:
+                b.copy_(old)
 
     def _train(self, x, y):
-        "`train_logits`: once for the state, however often it runs."
+        "`train_logits`: one step of the state, however often it runs."
         if torch.compiler.is_compiling(): return self.train_logits(x, y)
         if _in_backward(): return self._repeat(x, y)
         if y is None or not (self._needs_past and _is_checkpointed()): return self.train_logits(x, y)
@@ -130,17 +140,34 @@ class _Repeatable(Stateful):
         return _Owner.apply(self.train_logits(x, y), note)
 
     def _repeat(self, x, y):
+        "The pass once more, inside a backward pass; it leaves no trace."
         past = self._passes.find(x, y) if self._needs_past else None
         now = self._snapshot()
         try:
-            if past is not None: self._restore(past.state)
-            return self.train_logits(x, y if past is None else past.y)
+            if past is None: return self.train_logits(x, y)
+            self._restore(past.state)
+            return self.train_logits(x, past.y)
         finally:
             self._restore(now)
 
-    def __getstate__(self): return self.__dict__ | {"_passes": _Passes()}
+    def __getstate__(self):
+        return self.__dict__ | {"_passes": _Passes()}
 
-# %% ../nbs/04b_layer.ipynb #c016
+# %% ../nbs/04b_layer.ipynb #c022
+@torch.library.custom_op("ngc_etf::once", mutates_args=())
+def _once(X:Tensor)->Tensor:
+    "A copy of X; an error where a compiled forward pass is repeated."
+    if _in_backward():
+        raise RuntimeError(
+            "a checkpoint repeats a compiled head, which would count the batch twice: put the checkpoint "
+            "inside the compiled model, around its body, and leave the head outside of it")
+    return X.clone(memory_format=torch.contiguous_format)
+
+@_once.register_fake
+def _(X):
+    return torch.empty_like(X, memory_format=torch.contiguous_format)
+
+# %% ../nbs/04b_layer.ipynb #c024
 class Head(_Repeatable):
     "The common part: features of norm tau in, logits (N, C) out; at evaluation a linear map."
     def __init__(self, d:int, C:int, tau:float=5., normalise:bool=True):
@@ -162,7 +189,7 @@ class Head(_Repeatable):
 
     def forward(self,
         h:Tensor,      # (N, d) raw features from the body
-        y:Tensor=None, # (N,) labels or (N, C) class probabilities; only the nearest head in training needs them
+        y:Tensor=None, # (N,) labels or (N, C) class probabilities; needed by the nearest head in training
     )->Tensor:         # logits (N, C)
         "Logits in autocast's dtype where it is on, else in h's own."
         check_batch(h, None, self.C, self.d)
@@ -174,7 +201,8 @@ class Head(_Repeatable):
             z = self._train(x, self.targets if y is None else y) if self.training else self._linear(x)
         return z.to(dtype)
 
-    def _linear(self, x): return F.linear(x, self.W.to(x), self.b.to(x))
+    def _linear(self, x):
+        return F.linear(x, self.W.to(x), self.b.to(x))
 
     def to_linear(self)->nn.Linear:
         "The classifier as a plain `nn.Linear` that acts on `features(h)`, i.e. on tau * normalize(h)."
@@ -184,16 +212,23 @@ class Head(_Repeatable):
             lin.bias.copy_(self.b)
         return lin
 
-    def _load_from_state_dict(self, state, prefix, local_metadata, strict, missing, unexpected, errors):
-        "Also from a state that calls W and b `weight` and `bias`, as ours did once; not from that of an nn.Linear."
-        old = {prefix + "weight": prefix + "W", prefix + "bias": prefix + "b"}
-        others = [k for k, _ in self.named_buffers(prefix.rstrip(".")) if k not in old.values()]
-        if all(k in state for k in others):
-            for before, after in old.items():
-                if before in state: state.setdefault(after, state.pop(before))
-        elif strict and prefix + "weight" in state:
-            errors.append(f"{prefix}weight is of an nn.Linear, and here is a {type(self).__name__}: load the state before the "
-                          "layer is exchanged (`swap_head`); the other way leads `ngc_etf.plain(model)`")
-        super()._load_from_state_dict(state, prefix, local_metadata, strict, missing, unexpected, errors)
+    def _load_from_state_dict(self, state, prefix, metadata, strict, *lists):
+        _rename(self, state, prefix, strict, lists[-1])
+        super()._load_from_state_dict(state, prefix, metadata, strict, *lists)
 
-    def extra_repr(self): return f"d={self.d}, C={self.C}, tau={self.tau}, normalise={self.normalise}"
+    def extra_repr(self):
+        return f"d={self.d}, C={self.C}, tau={self.tau}, normalise={self.normalise}"
+
+# %% ../nbs/04b_layer.ipynb #c026
+def _rename(head, state, prefix, strict, errors):
+    "W and b of a state that calls them weight and bias; an error where they are an nn.Linear's."
+    old = {prefix + "weight": prefix + "W", prefix + "bias": prefix + "b"}
+    others = [prefix + name for name, _ in head.named_buffers() if name not in ("W", "b")]
+    if all(key in state for key in others):
+        for before, after in old.items():
+            if before in state:
+                state.setdefault(after, state.pop(before))
+    elif strict and prefix + "weight" in state:
+        errors.append(
+            f"{prefix}weight is an nn.Linear's and here is a {type(head).__name__}: load the state into the "
+            "model as it was, then exchange the layer (`swap_head`); the way back is `ngc_etf.plain(model)`")

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
+import ngc_etf.nearest as nearest
+import ngc_etf.procrustes as procrustes
 from ngc_etf.heads import FixedETFHead, NearestETFHead, StandardHead
 
 N, D, C = 24, 16, 6
@@ -316,9 +318,8 @@ class NothingIsRead(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("ddn_grad", [True, False])
 def test_no_host_synchronisation_in_the_step(solve_every, ddn_grad, monkeypatch):
     "A GPU's path through the step, taken on the CPU: its solver and adjoint, its checks left out."
-    import ngc_etf.nearest as nearest
-
-    monkeypatch.setattr(nearest, "_deferred", lambda P: True)
+    for module in (nearest, procrustes):
+        monkeypatch.setattr(module, "_deferred", lambda P: True)
     head = NearestETFHead(
         D, C, ddn_grad=ddn_grad, solve_every=solve_every, solver="newton_schulz", validate=False
     )
