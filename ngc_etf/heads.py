@@ -12,18 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .directed import _DirectedHead, _rows, direction
-from .lapack import eigh
 from .layer import Head, _once
 from .means import processes
 from .nearest import SOLVERS, nearest_etf
-from .procrustes import polar_vjp
+from .procrustes import _derivative
 from .proximal import procrustes_target
 from .running import RunningGlobalMean, RunningMeans
 from .simplex import check_classes
 
 # %% ../nbs/05_heads.ipynb #c009
 class StandardHead(Head):
-    "A learned linear classifier without bias; unit rows, features of norm tau unless `normalise` is off (§4)."
+    "A learned linear classifier without bias; unit rows, features of norm tau if `normalise` is on (§4)."
     def __init__(self,
         d:int,                   # feature dimension
         C:int,                   # number of classes, at least 2
@@ -151,9 +150,7 @@ def _(H, U_prox, done, delta, every, solver):
 def _solve_or_hold_vjp(U:Tensor, P:Tensor, v:Tensor)->Tensor:
     "dL/dP (d, C) for v = dL/dU."
     if not P.any(): return torch.zeros_like(U)
-    S = U.mT @ P
-    s, V = eigh((S + S.mT) / 2)
-    return polar_vjp(U, s.clamp(min=0), V, v).contiguous()
+    return _derivative(P, U, P.new_empty(0), P.new_empty(0, 0), v)  # it finds singular values itself
 
 @_solve_or_hold_vjp.register_fake
 def _(U, P, v):
