@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,7 +45,8 @@ def test_the_definition(loss, N, C, present):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradcheck(loss):
-    z, y = torch.randn(8, 4, dtype=torch.float64, requires_grad=True), torch.tensor([0, 0, 1, 1, 2, 2, 2, 0])
+    z = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([0, 0, 1, 1, 2, 2, 2, 0])
     assert torch.autograd.gradcheck(lambda z: loss(z, y), z)
     assert torch.autograd.gradgradcheck(lambda z: loss(z, y), z)
 
@@ -138,7 +138,7 @@ def worker(rank, sizes, port, out):
 
 @pytest.mark.parametrize("sizes", [(8, 8), (5, 11)])
 def test_processes_share_one_batch(sizes, tmp_path):
-    "Value and DistributedDataParallel's gradient are those of one process with all samples, uneven shards included."
+    "Value and gradient under DDP are those of one process with all samples, uneven shards included."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
