@@ -147,8 +147,9 @@ class ValueCheck:
 
 # %% ../nbs/02_means.ipynb #c032
 _compiled = ValueCheck()
+_on_the_host = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
-@torch.library.custom_op("ngc_etf::check", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+@torch.library.custom_op("ngc_etf::check", mutates_args=(), **_on_the_host)
 def _check(ok:Tensor, message:str)->Tensor:
     "`ValueCheck` inside a compiled graph."
     _compiled.raise_late()

@@ -204,14 +204,15 @@ def _polar_vjp_products(
 # %% ../nbs/03a_procrustes.ipynb #c032
 def _second(P, U, v, D_v, w, D_w, D):
     "The derivative of <w, D_P(v)> with respect to P, given the images of v and w under the map D = D_P."
-    Y_v, Y_w = U.mT @ D_v, U.mT @ D_w
-    v_out, w_out = D_v - U @ Y_v, D_w - U @ Y_w
-    U_bar = -(w @ Y_v + v @ Y_w + w_out @ (v.mT @ U) + v_out @ (w.mT @ U))
-    S_bar = Y_w @ Y_v - v_out.mT @ w_out
+    X = _product
+    Y_v, Y_w = X(U.mT, D_v), X(U.mT, D_w)
+    v_out, w_out = D_v - X(U, Y_v), D_w - X(U, Y_w)
+    U_bar = -X(w, Y_v) - X(v, Y_w) - X(w_out, X(v.mT, U)) - X(v_out, X(w.mT, U))
+    S_bar = X(Y_w, Y_v) - X(v_out.mT, w_out)
     S_bar = (S_bar + S_bar.mT) / 2
-    return U @ S_bar + D(U_bar + P @ S_bar)
+    return X(U, S_bar) + D(U_bar + X(P, S_bar))
 
-# %% ../nbs/03a_procrustes.ipynb #c035
+# %% ../nbs/03a_procrustes.ipynb #c034
 def _finds_spectrum(solver, kind):
     "Whether a solver on this kind of device returns s and V."
     return solver in ("svd", "gram", "complete") or (solver == "auto" and kind == "cpu")
@@ -254,7 +255,12 @@ def _derivative_kernel(P, U, s, V, v):
         S = U.mT @ P
         return _polar_vjp_products(U, (S + S.mT) / 2, v)
 
-# %% ../nbs/03a_procrustes.ipynb #c037
+def _product_kernel(A, B):
+    "AB in full precision, whatever autocast or TF32 would make of it."
+    with _exact(A):
+        return A @ B
+
+# %% ../nbs/03a_procrustes.ipynb #c036
 _late = ValueCheck()
 
 def _check_finite(**tensors):
@@ -279,7 +285,7 @@ def _check_result(U):
     error = (U.mT @ U - _eye_like(U)).abs().max()
     _late(error < 1e-3, "newton_schulz did not converge", then=_use_gram)
 
-# %% ../nbs/03a_procrustes.ipynb #c039
+# %% ../nbs/03a_procrustes.ipynb #c038
 def _below_autograd(operator, *args):
     "The operator without this level's derivative, and with that of the levels below."
     with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
@@ -289,6 +295,10 @@ def _keep(ctx, *tensors):
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
     ctx.set_materialize_grads(False)
+
+def _primals(ctx):
+    "What was kept, without this level's tangents."
+    return [torch._VF._unpack_dual(X, level=0)[0] for X in ctx.saved_tensors]
 
 class _Polar(_SingleLevelFunction):
     "U = polar(P), with dL/dP = D_P(dL/dU) and dU = D_P(dP)."
@@ -307,7 +317,7 @@ class _Polar(_SingleLevelFunction):
     def jvp(ctx, dP, *_):
         return None if dP is None else _derivative(*ctx.saved_tensors, dP), None, None
 
-# %% ../nbs/03a_procrustes.ipynb #c041
+# %% ../nbs/03a_procrustes.ipynb #c040
 class _Derivative(_SingleLevelFunction):
     "D_P(v): linear and self-adjoint in v; `_second` is its derivative in P."
     @staticmethod
@@ -324,20 +334,41 @@ class _Derivative(_SingleLevelFunction):
             return _derivative(*P_and_aids, x)
         D_w = D(w)
         if not ctx.needs_input_grad[0]: return None, None, None, None, D_w
-        with _exact(w):
-            return _second(*P_and_aids[:2], v, D_v, w, D_w, D), None, None, None, D_w
+        return _second(*P_and_aids[:2], v, D_v, w, D_w, D), None, None, None, D_w
 
     @staticmethod
     def jvp(ctx, dP, dU, ds, dV, dv):
-        *P_and_aids, v, D_v = (forward_ad.unpack_dual(X).primal for X in ctx.saved_tensors)
+        *P_and_aids, v, D_v = _primals(ctx)
         def D(x):
             return _derivative(*P_and_aids, x)
-        with _exact(v), forward_ad._set_fwd_grad_enabled(True):
+        with forward_ad._set_fwd_grad_enabled(True):
             along_v = 0. if dv is None else D(dv)
             along_P = 0. if dP is None else _second(*P_and_aids[:2], v, D_v, dP, D(dP), D)
             return along_v + along_P
 
-# %% ../nbs/03a_procrustes.ipynb #c043
+# %% ../nbs/03a_procrustes.ipynb #c042
+class _Product(_SingleLevelFunction):
+    "AB for A (..., m, k) and B (..., k, n) with the same batch."
+    @staticmethod
+    def forward(ctx, A, B):
+        _keep(ctx, A, B)
+        return _below_autograd(_product, A, B)
+
+    @staticmethod
+    def backward(ctx, G):
+        if G is None: return None, None
+        A, B = ctx.saved_tensors
+        return _product(G, B.mT), _product(A.mT, G)
+
+    @staticmethod
+    def jvp(ctx, dA, dB):
+        A, B = _primals(ctx)
+        with forward_ad._set_fwd_grad_enabled(True):
+            along_A = 0. if dA is None else _product(dA, B)
+            along_B = 0. if dB is None else _product(A, dB)
+            return along_A + along_B
+
+# %% ../nbs/03a_procrustes.ipynb #c044
 _SPACE = __name__.partition(".")[0].strip("_")  # "ngc_etf", or "main" in a notebook
 _library = Library(_SPACE, "FRAGMENT")
 
@@ -367,8 +398,11 @@ _polar = _register(
 _derivative = _register(
     "polar_derivative(Tensor P, Tensor U, Tensor s, Tensor V, Tensor v) -> Tensor",
     _derivative_kernel, lambda P, *_: P.new_empty(P.shape), _Derivative)
+_product = _register(
+    "product(Tensor A, Tensor B) -> Tensor",
+    _product_kernel, lambda A, B: A.new_empty(*A.shape[:-1], B.shape[-1]), _Product)
 
-# %% ../nbs/03a_procrustes.ipynb #c045
+# %% ../nbs/03a_procrustes.ipynb #c046
 def at_least_float32(X:Tensor)->Tensor:
     "X in float32, or float64 if it is that already."
     return X.to(torch.promote_types(X.dtype, torch.float32))
