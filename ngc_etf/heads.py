@@ -211,10 +211,14 @@ class NearestETFHead(_DirectedHead):
     def _stream(self, H):
         return H if self.ddn_grad and not self.lag else H.detach()
 
+    def _done(self)->int:
+        "Steps so far; read from the buffer only where the host has lost count."
+        if self._steps is not None: return self._steps
+        return 0 if self.means.t.is_meta else self.means.steps()
+
     def _eager(self, x, y):
         "W of this step (None where the last one is held) and h_G."
-        done = self.means.steps() if self._steps is None else self._steps
-        self._steps = None  # should the batch be refused
+        done, self._steps = self._done(), None  # lost, should the batch be refused
         H, h_G = self.means(x, y)
         self._steps, self._begun = done + 1, True
         if done % self.solve_every: return None, h_G

@@ -212,23 +212,24 @@ class Head(_Repeatable):
             lin.bias.copy_(self.b)
         return lin
 
-    def _load_from_state_dict(self, state, prefix, metadata, strict, *lists):
-        _rename(self, state, prefix, strict, lists[-1])
-        super()._load_from_state_dict(state, prefix, metadata, strict, *lists)
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        foreign = _rename(self, state, prefix)
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+        if foreign:
+            unexpected.append(
+                f"{prefix}* of an nn.Linear, for a {type(self).__name__}: load it before the layer is exchanged "
+                "(`swap_head`); the way back from a head to plain layers is `ngc_etf.plain(model)`")
 
     def extra_repr(self):
         return f"d={self.d}, C={self.C}, tau={self.tau}, normalise={self.normalise}"
 
 # %% ../nbs/04b_layer.ipynb #c026
-def _rename(head, state, prefix, strict, errors):
-    "W and b of a state that calls them weight and bias; an error where they are an nn.Linear's."
-    old = {prefix + "weight": prefix + "W", prefix + "bias": prefix + "b"}
+def _rename(head, state, prefix)->bool:
+    "W and b of a state that calls them weight and bias; whether they are an nn.Linear's, and stay."
+    if prefix + "weight" not in state: return False
     others = [prefix + name for name, _ in head.named_buffers() if name not in ("W", "b")]
-    if all(key in state for key in others):
-        for before, after in old.items():
-            if before in state:
-                state.setdefault(after, state.pop(before))
-    elif strict and prefix + "weight" in state:
-        errors.append(
-            f"{prefix}weight is an nn.Linear's and here is a {type(head).__name__}: load the state into the "
-            "model as it was, then exchange the layer (`swap_head`); the way back is `ngc_etf.plain(model)`")
+    if any(key not in state for key in others): return True
+    for before, after in ("weight", "W"), ("bias", "b"):
+        if prefix + before in state:
+            state.setdefault(prefix + after, state.pop(prefix + before))
+    return False

@@ -38,6 +38,7 @@ def fresh():
     torch.manual_seed(0)
     torch.set_num_threads(1)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 

@@ -145,7 +145,7 @@ def test_processes_agree_with_one(sizes, kind, dtype, late, atol, tmp_path):
 
 @pytest.mark.parametrize("dtype, late", [(torch.float64, True), (torch.float32, False)])
 def test_uneven_batches_agree_on_the_classifier(dtype, late, tmp_path):
-    "Every sample counts once, so means, W and b are the joined batch's (gradients, averaged by rank, are not)."
+    "Every sample counts once, so means, W and b are the joined batch's (gradients, averaged, are not)."
     sizes = (5, 11)
     ranks = run(sizes, NearestETFHead, tmp_path, dtype, late, lr=0.0)
     identical(ranks)
