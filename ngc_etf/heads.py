@@ -202,10 +202,10 @@ class NearestETFHead(_DirectedHead):
             raise ValueError("NearestETFHead needs the labels in training: call head(h, y); "
                              "after head.eval() it needs none")
         if y is None: return self._linear(x)
-        last = self.W.to(x, copy=True)
+        last = self.W.to(x, copy=True) if self.lag or self.solve_every > 1 else None
         W, h_G = self._compiled(x, y) if torch.compiler.is_compiling() else self._eager(x, y)
         self._centre()
-        W = last if self.lag or W is None else W
+        if self.lag or W is None: return F.linear(x, last, -last @ h_G)
         return F.linear(x, W, -W @ h_G)
 
     def _stream(self, H):

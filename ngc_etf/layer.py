@@ -35,12 +35,13 @@ class _OnSphere(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, g_scale):
         x, scale = ctx.saved_tensors
-        out = torch.zeros_like(x)
+        parts = []
         if g is not None:
-            out = torch.addcmul(g, x, (g * x).sum(1, keepdim=True), value=-1/ctx.tau**2).mul_(scale)
+            along = (g * x).sum(1, keepdim=True)
+            parts.append(torch.addcmul(g, x, along, value=-1/ctx.tau**2).mul_(scale))
         if g_scale is not None:
-            out = out - g_scale * scale**2 * x / ctx.tau**2
-        return out, None
+            parts.append(g_scale * scale**2 * x / -ctx.tau**2)
+        return sum(parts[1:], parts[0]) if parts else None, None
 
 # %% ../nbs/04b_layer.ipynb #c010
 class _Pass:
@@ -217,8 +218,8 @@ class Head(_Repeatable):
         super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
         if foreign:
             unexpected.append(
-                f"{prefix}* of an nn.Linear, for a {type(self).__name__}: load it before the layer is exchanged "
-                "(`swap_head`); the way back from a head to plain layers is `ngc_etf.plain(model)`")
+                f"{prefix}* of an nn.Linear, for a {type(self).__name__}: load it before the layer is "
+                "exchanged (`swap_head`); the way back from a head to plain layers is `ngc_etf.plain(model)`")
 
     def extra_repr(self):
         return f"d={self.d}, C={self.C}, tau={self.tau}, normalise={self.normalise}"
