@@ -259,6 +259,7 @@ class NeuralCollapse(_Judge):
         pair = {k: torch.stack([a, b.to(a)]) for k, (a, b) in pair.items()}
         if not self.judging:
             self._set_rule(*(r[1] for r in rules))
+        self._update_count += 1
         for name, t in zip(_MOMENTS, _chan(*(pair[k] for k in _MOMENTS))):
             setattr(self, name, t)
         self.tally, self.margin_hist = pair["tally"].sum(0), pair["margin_hist"].sum(0)
