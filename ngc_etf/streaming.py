@@ -23,7 +23,7 @@ from .metrics import _batch, _cdnv, _disagree, _dual, _f64, _has_float64, _margi
 from .metrics import cosine_margins, equinorm_gap, nc2, nc3, numerical_rank, pair_cosines
 from .procrustes import at_least_float32
 from .simplex import check_classes
-from .swap import last_linear
+from .swap import _CannotRun, last_linear
 
 # %% ../nbs/06b_streaming.ipynb #c008
 _MOMENTS = ("count", "mean", "spread", "scatter")
@@ -301,6 +301,15 @@ def _eager(model, name):
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 # %% ../nbs/06b_streaming.ipynb #c036
+def _classifier(model, at, batch)->str:
+    "The name of the layer that makes the logits, by a trace on a batch's inputs where there is one."
+    if batch is not None:
+        try:
+            return last_linear(model, at, example=tuple(batch[0]))
+        except _CannotRun:
+            pass  # two samples may be too few; any other reason shows in the whole pass
+    return last_linear(model, at)
+
 class _Probe:
     "What goes into a classifier and comes out of it, batch by batch."
     def __init__(self, model, name):
@@ -408,7 +417,7 @@ def measure_collapse(
     batches, joined = _batches(loader), getattr(loader, "world_size", 1) > 1
     first = next(batches, None)
     if first is None and not joined: raise ValueError("loader must hold at least one batch, got none")
-    name = last_linear(model, at)
+    name = _classifier(model, at, first)
     layer, tallies = model.get_submodule(name), [torch.zeros(3)]
     (C, d), device = layer.weight.shape, layer.weight.device
     samples = _Samples(C, d, device, math.inf if margins else store, joined)

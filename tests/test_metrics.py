@@ -535,6 +535,24 @@ def test_inputs_may_be_nested_and_loaders_endless_in_length():
     close(measure_collapse(Nested(), batches), measure_collapse(_network(), [(x, y)]), 1e-6)
 
 
+class Backwards(nn.Module):
+    "Registers its classifier first, and another layer last."
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.body, self.aux = nn.Linear(8, 6), nn.Linear(10, 8), nn.Linear(8, 6)
+
+    def forward(self, x):
+        return self.fc(self.body(x).relu())
+
+
+def test_the_classifier_is_the_layer_that_makes_the_output():
+    x, y = _images()
+    net = Backwards()
+    out = measure_collapse(net, [(x, y)])
+    close(out, {"nc2": M.nc2(net.fc.weight), "nc1": M.nc1(net.body(x).relu(), y, 6)}, 1e-6)
+
+
 def test_the_classifier_is_named():
     x, y = _images()
     net = nn.ModuleDict({"fc": nn.Linear(10, 6), "aux": nn.Linear(10, 6)})
@@ -596,7 +614,7 @@ class Twice(nn.Module):
 def test_what_measure_collapse_refuses_leaves_the_model_alone(model, loader, message):
     model = model()
     with pytest.raises(ValueError, match=message):
-        measure_collapse(model, loader(*_images()))
+        measure_collapse(model, loader(*_images()), at="fc" if isinstance(model, Twice) else "")
     assert all(m.training and not m._forward_hooks for m in model.modules())
 
 
@@ -622,7 +640,7 @@ def test_hooks_are_called_in_compiled_models():
 @pytest.mark.parametrize("C", [2, 3, 10, 100])
 @pytest.mark.parametrize("relu", [False, True])
 def test_floor_is_attained(C, relu):
-    "The collapsed set of either kind sits on its floor; random unit rows and features, never negative or free, lie above."
+    "The collapsed set of either kind sits on its floor; random unit rows and features lie above."
     W = simplex_etf(C, dtype=torch.float64).T
     h = 5 * (torch.eye(C, dtype=torch.float64) if relu else W)
     floor = cross_entropy_floor(C, 5.0, relu=relu)
@@ -640,12 +658,10 @@ def test_floor_is_attained(C, relu):
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("factor", [2, 100])
 def test_floor_of_a_long_tail(C, relu, factor):
-    "No features near the optimum, or far from it, get below the floor of Eq. 8 or the bound of all classifiers."
+    "No features, near the optimum or far from it, get below the floor of Eq. 8 or the bound of all."
     counts = [factor ** (-c / (C - 1)) for c in range(C)]
-    floor, bound = (
-        cross_entropy_floor(C, relu=relu, counts=counts),
-        cross_entropy_bound(C, relu=relu, counts=counts),
-    )
+    floor = cross_entropy_floor(C, relu=relu, counts=counts)
+    bound = cross_entropy_bound(C, relu=relu, counts=counts)
     assert bound < floor
     assert bound < cross_entropy_floor(C, relu=relu)
     shares = torch.tensor(counts, dtype=torch.float64) / sum(counts)
