@@ -293,19 +293,30 @@ def _evaluation(model):
         for m, mode in modes:
             m.training = mode
 
-def _eager(model, name):
-    "A context in which hooks of the layer `name` are called, compiled or not."
-    parts = name.split(".")
-    around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
-    compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in around)
+def _bare(model, at):
+    "The model inside DistributedDataParallel and torch.compile, and a layer's name in it."
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        field = "module" if isinstance(model, DistributedDataParallel) else "_orig_mod"
+        model, at = getattr(model, field), at.removeprefix(f"{field}.")
+    return model, at
+
+def _eager(modules):
+    "A context in which hooks are called, even where one of these modules is compiled."
+    compiled = any(m._compiled_call_impl is not None for m in modules)
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+def _around(model, name):
+    "The layer of that name and all modules that contain it."
+    parts = name.split(".")
+    return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
 
 # %% ../nbs/06b_streaming.ipynb #c036
 def _classifier(model, at, batch)->str:
     "The name of the layer that makes the logits, by a trace on a batch's inputs where there is one."
     if batch is not None:
         try:
-            return last_linear(model, at, example=tuple(batch[0]))
+            with _eager(model.modules()):
+                return last_linear(model, at, example=tuple(batch[0]))
         except _CannotRun:
             pass  # two samples may be too few; any other reason shows in the whole pass
     return last_linear(model, at)
@@ -413,7 +424,7 @@ def measure_collapse(
     margins:bool=False, # the margin of every sample too, whatever memory that takes
 )->dict:                # loss, top1 and the metrics as floats; "margins" (N,), sorted
     "One pass over `loader` in evaluation mode, by which the model is left as it was."
-    model = model.module if isinstance(model, DistributedDataParallel) else model
+    model, at = _bare(model, at)
     batches, joined = _batches(loader), getattr(loader, "world_size", 1) > 1
     first = next(batches, None)
     if first is None and not joined: raise ValueError("loader must hold at least one batch, got none")
@@ -421,7 +432,7 @@ def measure_collapse(
     layer, tallies = model.get_submodule(name), [torch.zeros(3)]
     (C, d), device = layer.weight.shape, layer.weight.device
     samples = _Samples(C, d, device, math.inf if margins else store, joined)
-    with _evaluation(model), _eager(model, name), _Probe(model, name) as probe:
+    with _evaluation(model), _eager(_around(model, name)), _Probe(model, name) as probe:
         for x, y in chain([first] if first else [], batches):
             h, z = probe(_to(x, device))
             classes, tally = _score(h, z, y.as_subclass(Tensor).to(device))
