@@ -13,15 +13,17 @@ from itertools import chain
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
 
 from .heads import Head
-from .metrics import _batch, _cdnv, _centre, _disagree, _dual, _f64, _margins, _matrix, _no_means, cosine_margins, equinorm_gap, nc2, nc3, numerical_rank, pair_cosines
+from .means import _centre, as_labels
+from .metrics import _batch, _cdnv, _disagree, _dual, _f64, _has_float64, _margins, _matrix, _no_means
+from .metrics import cosine_margins, equinorm_gap, nc2, nc3, numerical_rank, pair_cosines
 from .procrustes import at_least_float32
 from .simplex import check_classes
-from .swap import last_linear
+from .swap import _CannotRun, last_linear
 
 # %% ../nbs/06b_streaming.ipynb #c008
 _MOMENTS = ("count", "mean", "spread", "scatter")
@@ -30,10 +32,14 @@ def _absorb(n, mean, spread, S, h, y):
     "The moments (C,), (C, d), (C,), (d, d) after one more batch."
     seen = (n > 0)[:, None]
     n = n + torch.bincount(y, minlength=len(n)).to(n.dtype)
-    ref = torch.where(seen, mean, h.mean(0))  # a large common offset never enters a sum
-    new = ref + torch.zeros_like(ref).index_add(0, y, h - ref[y]) / n.clamp(min=1)[:, None]
-    a, b = h - torch.where(seen, mean, new)[y], h - new[y]
-    return n, torch.where((n > 0)[:, None], new, 0.), spread.index_add(0, y, (a * b).sum(1)), S + a.mT @ b if len(S) else S
+    start = torch.where(seen, mean, h.mean(0))  # a large common offset never enters a sum
+    step = torch.zeros_like(start).index_add(0, y, h - start[y]) / n.clamp(min=1)[:, None]
+    new = start + step
+    from_old = h - torch.where(seen, mean, new)[y]
+    from_new = h - new[y]
+    spread = spread.index_add(0, y, (from_old * from_new).sum(1))
+    S = S + from_old.mT @ from_new if len(S) else S
+    return n, torch.where((n > 0)[:, None], new, 0.), spread, S
 
 # %% ../nbs/06b_streaming.ipynb #c010
 def _chan(n, mean, spread, S):
@@ -41,30 +47,162 @@ def _chan(n, mean, spread, S):
     N, ref = n.sum(0), mean.mean(0)
     joint = ref + (n[:, :, None] * (mean - ref)).sum(0) / N.clamp(min=1)[:, None]
     D = (mean - joint) * n.sqrt()[:, :, None]
-    return N, torch.where((N > 0)[:, None], joint, 0.), spread.sum(0) + D.square().sum((0, 2)), S.sum(0) + (D.flatten(0, 1).mT @ D.flatten(0, 1) if S.numel() else 0)
+    spread = spread.sum(0) + D.square().sum((0, 2))
+    S = S.sum(0)
+    if S.numel():
+        D = D.flatten(0, 1)
+        S = S + D.mT @ D
+    return N, torch.where((N > 0)[:, None], joint, 0.), spread, S
 
-# %% ../nbs/06b_streaming.ipynb #c013
+# %% ../nbs/06b_streaming.ipynb #c014
 def _from_moments(n, means, spread, S, eps):
     "The metrics that need features alone, with H_bar and h_G."
     H_bar, h_G = _centre(means, n)
-    within, size = spread.sum() / n.sum(), (spread.sum() + n @ means.square().sum(1)) / n.sum()
+    N = n.sum()
+    within = spread.sum() / N
+    size = within + n @ means.square().sum(1) / N
     T = _dual(H_bar, size, eps)
-    out = {"nc1": _no_means(within, size, eps)} if T is None else {"nc1": (T * (S @ T)).sum() / n.sum()} if len(S) else {}
+    out = {}
+    if T is None:
+        out["nc1"] = _no_means(within, size, eps)
+    elif len(S):
+        out["nc1"] = (T * (S @ T)).sum() / N
     out |= {"cdnv": _cdnv(means, spread, n), "rank_means": numerical_rank(H_bar)}
     out["cos_means"], out["cos_means_std"] = pair_cosines(H_bar)
     return out, H_bar, h_G
 
 def _with_classifier(W, b, H_bar, h_G):
     "The metrics that need a classifier as well."
+    d, C = H_bar.shape
+    W = _matrix(W, "W", C, d).to(H_bar.device)
+    b = W.new_zeros(C) if b is None else _matrix(b, "b", C).to(W.device)
     cos, std = pair_cosines(W.mT)
-    return {"nc2": nc2(W), "nc3": nc3(W, H_bar), "equinorm": equinorm_gap(W, H_bar), "bias_gap": (W @ h_G + b).norm(),
-            "rank_weights": numerical_rank(W), "cos_weights": cos, "cos_weights_std": std}
+    out = {"nc2": nc2(W), "nc3": nc3(W, H_bar), "equinorm": equinorm_gap(W, H_bar)}
+    out |= {"bias_gap": (W @ h_G + b).norm(), "rank_weights": numerical_rank(W)}
+    return out | {"cos_weights": cos, "cos_weights_std": std}
 
-# %% ../nbs/06b_streaming.ipynb #c015
-class NeuralCollapse(Metric):
-    "All metrics of this chapter from batches of features as the head sees them; `judge` adds NC4 and margins."
+# %% ../nbs/06b_streaming.ipynb #c016
+class _Moments(Metric):
+    "The four moments of a stream of features, on one process or several."
     full_state_update, higher_is_better, is_differentiable = False, None, False
 
+    def __init__(self, C, d, dtype, scatter, **kwargs):
+        super().__init__(compute_with_cache=False, **kwargs)  # a cache would give the old answer for a new W
+        self.C, self.d = C, d
+        for name, shape in zip(_MOMENTS, ((C,), (C, d), (C,), (d*scatter, d*scatter))):
+            self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx=None)  # stacked, for `_chan`
+
+    def _count(self, h, y):
+        "Take in a batch."
+        with torch.autocast(h.device.type, enabled=False):
+            old = [getattr(self, name) for name in _MOMENTS]
+            new = _absorb(*old, h.detach().to(self.mean.dtype), y)
+        for name, t in zip(_MOMENTS, new):
+            setattr(self, name, t)
+
+    def _moments(self)->tuple:
+        "The moments, during a synchronisation those of all processes, in float64."
+        t = [_f64(getattr(self, name)) for name in _MOMENTS]
+        t = _chan(*t) if t[0].ndim > 1 else tuple(t)
+        if t[0].sum() == 0:
+            self._refuse("NeuralCollapse needs at least one sample, got none: call update first")
+        if not t[2].isfinite().all():
+            self._refuse("h must be finite, but some batch had entries that are not")
+        return t
+
+    def _refuse(self, message):
+        "A `ValueError` that leaves the states as they were before a synchronisation."
+        if self._is_synced:
+            self.unsync()
+        raise ValueError(message)
+
+# %% ../nbs/06b_streaming.ipynb #c018
+_RULE = ("W", "b", "means", "h_G", "present", "T", "given")
+
+def _first(parts):
+    "How processes agree on a rule: by the first one's."
+    return parts[0]
+
+class _Judge(_Moments):
+    "The second pass: NC4 and margins under a rule."
+    def __init__(self, C, d, dtype, scatter, bins, **kwargs):
+        super().__init__(C, d, dtype, scatter, **kwargs)
+        self.bins = bins
+        for name in _RULE:
+            self.add_state(f"rule_{name}", torch.zeros(0, dtype=dtype), dist_reduce_fx=_first)
+        # judged samples, disagreements, sums of margins and of |T'r|²
+        self.add_state("tally", torch.zeros(4, dtype=dtype), dist_reduce_fx="sum")
+        self.add_state("margin_min", torch.tensor(2., dtype=dtype), dist_reduce_fx="min")
+        self.add_state("margin_hist", torch.zeros(bins, dtype=dtype), dist_reduce_fx="sum")
+
+    @property
+    def judging(self)->bool:
+        "Has `judge` been called since the last reset?"
+        return self.rule_W.numel() > 0
+
+    def judge(self,
+        W:Tensor,          # (C, d) classifier rows
+        b:Tensor=None,     # (C,) bias; zero when None
+        means:Tensor=None, # (C, d) class means, not centred; those seen so far when None
+        h_G:Tensor=None,   # (d,) global mean, given together with the means
+    ):
+        "From now on `update` judges samples for NC4 and margins; with given means it counts them too."
+        if (means is None) != (h_G is None):
+            raise ValueError(f"means and h_G go together, got only {'h_G' if means is None else 'means'}")
+        given = means is not None
+        W = _matrix(W, "W", self.C, self.d)
+        b = W.new_zeros(self.C) if b is None else _matrix(b, "b", self.C)
+        if given:
+            means, h_G = _matrix(means, "means", self.C, self.d), _matrix(h_G, "h_G", self.d)
+            n = W.new_ones(self.C)
+        else:
+            with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync):
+                n, means, *_ = self._moments()
+            h_G = _centre(means, n)[1]
+        T = _padded_dual(means, h_G, n, torch.finfo(self.mean.dtype).eps)
+        self._set_rule(W, b, means, h_G, n > 0, T, torch.ones(int(given)))
+
+    def _set_rule(self, *tensors):
+        "The rule, in the widest type that the device has; nothing is judged by it yet."
+        device = self.mean.device
+        dtype = torch.float64 if _has_float64(device) else self.mean.dtype
+        for name, t in zip(_RULE, tensors):
+            setattr(self, f"rule_{name}", t.to(device, dtype))
+        for name in ("tally", "margin_min", "margin_hist"):
+            setattr(self, name, self._defaults[name].clone().to(device))
+
+    def _judge(self, h, y):
+        "Add the verdicts on a batch."
+        m, wrong, within = _verdicts([getattr(self, f"rule_{k}") for k in _RULE[:-1]], h, y)
+        sums = torch.stack([m.new_tensor(len(m)), wrong.sum(), m.sum(), within.sum()])
+        self.tally = self.tally + sums.to(self.tally)
+        self.margin_min = torch.minimum(self.margin_min, m.min().to(self.margin_min))
+        if self.bins:
+            self.margin_hist = self.margin_hist + torch.histc(m.clamp(-2, 2), self.bins, -2, 2).to(self.tally)
+
+    def margins(self, h:Tensor, y:Tensor)->Tensor: # (N,)
+        "Margins of these samples, one by one, under `judge`'s classifier and global mean; changes nothing."
+        if not self.judging: raise ValueError("margins needs a rule: call judge first")
+        return cosine_margins(h, y, self.rule_W.to(h.device), self.rule_h_G.to(h.device))
+
+# %% ../nbs/06b_streaming.ipynb #c020
+def _padded_dual(means, h_G, n, eps):
+    "T of `_dual`, (d, C); zeros where the means coincide."
+    H_bar = (means - h_G).mT * (n > 0)
+    T = _dual(H_bar, means.square().sum(1).max(), eps)
+    return torch.zeros_like(H_bar) if T is None else F.pad(T, (0, len(n) - T.shape[1]))
+
+def _verdicts(rule, h, y):
+    "Of each sample: the margin, whether the two rules of NC4 disagree, and |T'r|²."
+    h = _f64(h)
+    W, b, means, h_G, present, T = (t.to(h) for t in rule)
+    y = y.to(h.device)
+    within = ((h - means[y]) @ T).square().sum(1)
+    return _margins(h - h_G, y, W - W.mean(0)), _disagree(h, means, present > 0, W, b).to(h), within
+
+# %% ../nbs/06b_streaming.ipynb #c022
+class NeuralCollapse(_Judge):
+    "All metrics of these chapters from batches of the head's features; `judge` adds NC4 and margins."
     def __init__(self,
         C:int,               # number of classes, at least 2
         d:int,               # feature dimension
@@ -77,108 +215,57 @@ class NeuralCollapse(Metric):
         check_classes(C)
         if d < 1: raise ValueError(f"d, the feature dimension, must be positive, got d={d}")
         if bins < 0: raise ValueError(f"bins must not be negative, got bins={bins}")
-        super().__init__(compute_with_cache=False, **kwargs)
-        self.C, self.d, self.bins, self.validate, self._rule = C, d, bins, validate, None
-        for name, shape in zip(_MOMENTS, ((C,), (C, d), (C,), (d*scatter, d*scatter))):
-            self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx=None)    # stacked, for `_chan`
-        self.add_state("tally", torch.zeros(4, dtype=dtype), dist_reduce_fx="sum")       # judged, disagreements, sums of margins and of |T'r|²
-        self.add_state("margin_min", torch.tensor(2., dtype=dtype), dist_reduce_fx="min")
-        self.add_state("margin_hist", torch.zeros(bins, dtype=dtype), dist_reduce_fx="sum")
+        super().__init__(C, d, dtype, scatter, bins, **kwargs)
+        self.validate = validate
+        self.add_state("apart", torch.tensor(math.nan, dtype=dtype), dist_reduce_fx="sum")
+
+    @property
+    def metric_state(self)->dict:
+        "As in `Metric`, without the state that only keeps metrics apart."
+        return {k: getattr(self, k) for k in self._defaults if k != "apart"}
 
     def update(self, h:Tensor, y:Tensor):
-        "Take in a batch: features (N, d), labels (N,)."
-        if self.validate: _batch(h, y, self.C, self.d)
-        y = y.to(h.device, torch.int64)
-        if self._rule is not None: self._judge_batch(h, y)
-        if self._rule is not None and not self._rule["given"]: return
-        with torch.autocast(h.device.type, enabled=False):
-            old = [getattr(self, name) for name in _MOMENTS]
-            for name, t in zip(_MOMENTS, _absorb(*old, h.detach().to(self.mean.dtype), y)): setattr(self, name, t)
+        "Take in a batch: features (N, d), labels (N,) or (N, 1)."
+        y = _batch(h, y, self.C, self.d)[1] if self.validate else as_labels(y, len(h), self.C)
+        y = y.to(h.device)
+        if self.judging:
+            self._judge(h, y)
+        if not self.judging or self.rule_given.numel():
+            self._count(h, y)
 
-    def forward(self, h:Tensor, y:Tensor): self.update(h, y)
+    def forward(self, h:Tensor, y:Tensor):
+        self.update(h, y)
 
     def compute(self, W:Tensor=None, b:Tensor=None)->dict:
-        "Float64 scalars by name: with W (or after `judge`) those of the classifier, after `judge` nc4 and margins."
-        return self._compute(W, b)
+        "Scalars by name: with W or after `judge` also the classifier's, after `judge` nc4 and margins."
+        out, H_bar, h_G = _from_moments(*self._moments(), torch.finfo(self.mean.dtype).eps)
+        if self.judging:
+            W, b = self.rule_W if W is None else W, self.rule_b if b is None else b
+        if W is not None:
+            out |= _with_classifier(W, b, H_bar, h_G)
+        n, wrong, margins, within = _f64(self.tally)
+        if n == 0: return out
+        out = {"nc1": within / n} | out
+        out |= {"nc4": wrong / n, "margin": margins / n, "margin_min": _f64(self.margin_min)}
+        return out | {"margin_hist": _f64(self.margin_hist)} if self.bins else out
 
-# %% ../nbs/06b_streaming.ipynb #c017
-@patch
-def _moments(self:NeuralCollapse)->tuple:
-    "The moments of all processes, in float64."
-    t = [_f64(getattr(self, name)) for name in _MOMENTS]
-    t = _chan(*t) if t[0].ndim > 1 else tuple(t)
-    if t[0].sum() == 0: raise ValueError("NeuralCollapse needs at least one sample, got none: call update first")
-    if not t[2].isfinite().all(): raise ValueError("h must be finite, but some batch had entries that are not")
-    return t
+    def merge_state(self, incoming):
+        "Add what another `NeuralCollapse` has seen; where both have judged, it was by one rule."
+        theirs = incoming.metric_state if isinstance(incoming, Metric) else incoming
+        pair = {k: [v, theirs[k].to(v.device)] for k, v in self.metric_state.items()}
+        rules = [pair.pop(f"rule_{name}") for name in _RULE]
+        if self.judging and len(rules[0][1]) and not all(torch.equal(*r) for r in rules):
+            raise ValueError("the metrics to merge must have been judged by one rule, got two different ones")
+        pair = {k: torch.stack([a, b.to(a)]) for k, (a, b) in pair.items()}
+        if not self.judging:
+            self._set_rule(*(r[1] for r in rules))
+        self._update_count += 1
+        for name, t in zip(_MOMENTS, _chan(*(pair[k] for k in _MOMENTS))):
+            setattr(self, name, t)
+        self.tally, self.margin_hist = pair["tally"].sum(0), pair["margin_hist"].sum(0)
+        self.margin_min = pair["margin_min"].amin(0)
 
-@patch
-def _compute(self:NeuralCollapse, W, b)->dict:
-    out, H_bar, h_G = _from_moments(*self._moments(), torch.finfo(self.mean.dtype).eps)
-    R = self._rule or {}
-    W, b = R.get("W") if W is None else W, R.get("b") if b is None else b
-    if W is not None:
-        W = _matrix(W, "W", self.C, self.d).to(h_G.device)
-        out |= _with_classifier(W, W.new_zeros(self.C) if b is None else _matrix(b, "b", self.C).to(h_G.device), H_bar, h_G)
-    n, wrong, margins, within = _f64(self.tally)
-    if n > 0: out = {"nc1": within / n} | out | {"nc4": wrong / n, "margin": margins / n, "margin_min": _f64(self.margin_min)}
-    if n > 0 and self.bins: out["margin_hist"] = _f64(self.margin_hist)
-    return out
-
-# %% ../nbs/06b_streaming.ipynb #c018
-@patch
-def judge(self:NeuralCollapse,
-    W:Tensor,          # (C, d) classifier rows
-    b:Tensor=None,     # (C,) bias; zero when None
-    means:Tensor=None, # (C, d) class means, not centred; those seen so far, over all processes, when None
-    h_G:Tensor=None,   # (d,) global mean, given together with the means
-):
-    "From now on `update` judges samples for NC4 and margins (and, with given means, goes on counting them too)."
-    W = _matrix(W, "W", self.C, self.d)
-    b = W.new_zeros(self.C) if b is None else _matrix(b, "b", self.C)
-    if (means is None) != (h_G is None): raise ValueError(f"means and h_G must be given together, got only {'h_G' if means is None else 'means'}")
-    given, present = means is not None, torch.ones_like(b, dtype=torch.bool)
-    if given:
-        means, h_G = _matrix(means, "means", self.C, self.d), _matrix(h_G, "h_G", self.d)
-        H_bar = (means - h_G).mT
-    else:
-        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync): n, means, *_ = self._moments()
-        (H_bar, h_G), present = _centre(means, n), n > 0
-    T = _dual(H_bar, means.square().sum(1).max(), torch.finfo(self.mean.dtype).eps)
-    self._rule = dict(W=W, b=b, means=means, h_G=h_G, present=present, given=given, T=H_bar[:, :0] if T is None else T)
-    for name in ("tally", "margin_min", "margin_hist"): setattr(self, name, self._defaults[name].clone().to(self.mean.device))
-
-@patch
-def margins(self:NeuralCollapse, h:Tensor, y:Tensor)->Tensor: # (N,)
-    "Margins of these samples, one by one, under `judge`'s classifier and global mean; changes nothing."
-    if self._rule is None: raise ValueError("margins needs a classifier and a global mean: call judge first")
-    return cosine_margins(h, y, self._rule["W"].to(h.device), self._rule["h_G"].to(h.device))
-
-# %% ../nbs/06b_streaming.ipynb #c019
-@patch
-def _judge_batch(self:NeuralCollapse, h, y):
-    h = _f64(h)
-    y, (W, b, means, h_G, present, T) = y.to(h.device), (self._rule[k].to(h.device) for k in ("W", "b", "means", "h_G", "present", "T"))
-    m, within = _margins(h - h_G, y, W - W.mean(0)), ((h - means[y]) @ T).square().sum()
-    wrong = _disagree(h, means, present, W, b).sum().to(m.dtype)
-    self.tally = self.tally + torch.stack([m.new_tensor(len(m)), wrong, m.sum(), within]).to(self.tally)
-    self.margin_min = torch.minimum(self.margin_min, m.min().to(self.margin_min))
-    if self.bins: self.margin_hist = self.margin_hist + torch.histc(m.clamp(-2, 2), self.bins, -2, 2).to(self.margin_hist)
-
-@patch
-def reset(self:NeuralCollapse):
-    "Forget all samples, and `judge`."
-    Metric.reset(self)
-    self._rule = None
-
-@patch
-def merge_state(self:NeuralCollapse, incoming):
-    "Add what another `NeuralCollapse` of the same C and d has seen."
-    state = incoming.metric_state if isinstance(incoming, Metric) else incoming
-    pair = {k: torch.stack([v, state[k].to(v)]) for k, v in self.metric_state.items()}
-    for name, t in zip(_MOMENTS, _chan(*(pair[k] for k in _MOMENTS))): setattr(self, name, t)
-    self.tally, self.margin_hist, self.margin_min = pair["tally"].sum(0), pair["margin_hist"].sum(0), pair["margin_min"].amin(0)
-
-# %% ../nbs/06b_streaming.ipynb #c035
+# %% ../nbs/06b_streaming.ipynb #c034
 def _to(x, device):
     "Nested lists, tuples and dicts of tensors on a device."
     if hasattr(x, "to"): return x.to(device)
@@ -188,10 +275,10 @@ def _to(x, device):
     return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
 
 def _batches(loader):
-    "Inputs and labels of each batch."
+    "Inputs (a list) and labels of each batch."
     for batch in loader:
         if not isinstance(batch, (list, tuple)) or len(batch) < 2:
-            raise ValueError(f"a batch must be a tuple (*x, y) of inputs and labels, got {type(batch).__name__}")
+            raise ValueError(f"a batch must be a tuple (*x, y), got {type(batch).__name__}")
         *x, y = batch
         yield x, y
 
@@ -206,14 +293,34 @@ def _evaluation(model):
         for m, mode in modes:
             m.training = mode
 
-def _eager(model, name):
-    "A context in which hooks of the layer `name` are called, even where it or a module around it is compiled."
-    parts = name.split(".")
-    around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
-    compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in around)
+def _bare(model, at):
+    "The model inside DistributedDataParallel and torch.compile, and a layer's name in it."
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        field = "module" if isinstance(model, DistributedDataParallel) else "_orig_mod"
+        model, at = getattr(model, field), at.removeprefix(f"{field}.")
+    return model, at
+
+def _eager(modules):
+    "A context in which hooks are called, even where one of these modules is compiled."
+    compiled = any(m._compiled_call_impl is not None for m in modules)
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
-# %% ../nbs/06b_streaming.ipynb #c037
+def _around(model, name):
+    "The layer of that name and all modules that contain it."
+    parts = name.split(".")
+    return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
+
+# %% ../nbs/06b_streaming.ipynb #c036
+def _classifier(model, at, batch)->str:
+    "The name of the layer that makes the logits, by a trace on a batch's inputs where there is one."
+    if batch is not None:
+        try:
+            with _eager(model.modules()):
+                return last_linear(model, at, example=tuple(batch[0]))
+        except _CannotRun:
+            pass  # two samples may be too few; any other reason shows in the whole pass
+    return last_linear(model, at)
+
 class _Probe:
     "What goes into a classifier and comes out of it, batch by batch."
     def __init__(self, model, name):
@@ -231,69 +338,82 @@ class _Probe:
         self.calls.append((layer.features(h) if isinstance(layer, Head) else h, out))
 
     def __call__(self, x):
-        "Features (N, d) and logits (N, C), float32 or better, of the inputs x."
+        "Features (N, d), and logits (N, C) in float32 or better, of the inputs x."
         self.calls.clear()
         out = self.model(*x)
         if len(self.calls) != 1:
-            raise ValueError(f"the classifier {self.name!r} must be called once in a forward pass, got {len(self.calls)} calls: "
-                             "name another one, at='...'")
+            raise ValueError(f"the classifier {self.name!r} must be called once in a forward pass, got "
+                             f"{len(self.calls)} calls: name another one, at='...'")
         h, z = self.calls.pop()
         z = at_least_float32(out if isinstance(out, Tensor) else z)
         C = len(self.layer.weight)
         if z.ndim != 2 or z.shape[1] != C:
-            raise ValueError(f"the logits must have shape (N, {C}), as the classifier {self.name!r} has {C} rows, got {tuple(z.shape)}")
-        return h, z
+            raise ValueError(f"the logits must have shape (N, {C}), as the classifier {self.name!r} has {C} "
+                             f"rows, got {tuple(z.shape)}")
+        return h.as_subclass(Tensor), z.as_subclass(Tensor)
 
 # %% ../nbs/06b_streaming.ipynb #c038
 class _Samples:
-    "Features and labels, while they take at most `store` bytes; beyond that, what a metric remembers of them."
+    "Features and labels while they take at most `store` bytes; beyond that, what a metric remembers of them."
     def __init__(self, C, d, device, store, joined):
-        self.metric = self._new(C, d, device, joined, scatter=False)
-        self.kept, self.room, self.joined = [], store, joined
+        self.device, self.joined = device, joined
+        self.metric = self._new(C, d, scatter=False)
+        self.kept, self.room = [], store
 
-    def _new(self, C, d, device, joined, scatter):
-        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
-        return NeuralCollapse(C, d, dtype=dtype, scatter=scatter, sync_on_compute=joined).to(device)
+    def _new(self, C, d, scatter):
+        dtype = torch.float64 if _has_float64(self.device) else torch.float32
+        options = dict(dtype=dtype, scatter=scatter, validate=False, sync_on_compute=self.joined)
+        return NeuralCollapse(C, d, **options).to(self.device)
 
     def add(self, h, y):
+        "One more batch."
         if self.kept is None: return self.metric.update(h, y)
         self.kept.append((h.cpu(), y.cpu()))
         self.room -= h.numel() * h.element_size()
         if self.room < 0:
-            self.spill()
+            self._spill()
 
-    def spill(self):
+    def _spill(self):
         "No room: count what was kept, and go on with a scatter matrix."
-        m = self.metric
-        self.metric = self._new(m.C, m.d, m.device, self.joined, scatter=True)
+        self.metric = self._new(self.metric.C, self.metric.d, scatter=True)
         self._feed(self.metric.update)
         self.kept = None
 
     def _feed(self, f):
-        return [f(h.to(self.metric.device), y.to(self.metric.device)) for h, y in self.kept]
+        return [f(h.to(self.device), y.to(self.device)) for h, y in self.kept]
 
     def judge(self, W, b):
-        "The second pass, where the features were kept in every process; the margin of each sample, or None."
-        full = torch.tensor(float(self.kept is None), device=self.metric.device)
+        "The second pass and each sample's margin; None where some process had no room."
+        full = torch.tensor(float(self.kept is None), device=self.device)
         if self.joined:
             dist.all_reduce(full, dist.ReduceOp.MAX)
         if full and self.kept is not None:
-            self.spill()
-        if self.kept is None: return None
+            self._spill()
+        if full: return None
         self._feed(self.metric.update)
         self.metric.judge(W, b)
         self._feed(self.metric.update)
-        return torch.cat([torch.zeros(0, dtype=torch.float64), *(m.cpu() for m in self._feed(self.metric.margins))])
+        return torch.cat([torch.zeros(0), *(m.cpu() for m in self._feed(self.metric.margins))])
 
 # %% ../nbs/06b_streaming.ipynb #c040
-def _all_of(total, margins, device):
+def _score(h, z, y):
+    "The labels as classes, and (samples, summed cross-entropy, hits) of one batch."
+    C = z.shape[1]
+    y = as_labels(y, len(z), C)
+    classes = y if y.ndim == 1 else y.argmax(1)
+    _batch(h, classes, C)
+    loss = F.cross_entropy(z, y if y.ndim == 1 else y.to(z), reduction="sum")
+    return classes, torch.stack([loss.new_tensor(len(z)), loss, (z.argmax(1) == classes).sum().to(loss)])
+
+def _joint(total, margins, device):
     "Sums and margins (or None) of all processes."
     total = total.to(device)
     dist.all_reduce(total)
-    if margins is None: return total.cpu(), None
     parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, margins)
-    return total.cpu(), torch.cat(parts)
+    if margins is not None:
+        dist.all_gather_object(parts, margins)
+        margins = torch.cat(parts)
+    return total.cpu(), margins
 
 @torch.no_grad()
 def measure_collapse(
@@ -304,27 +424,24 @@ def measure_collapse(
     margins:bool=False, # the margin of every sample too, whatever memory that takes
 )->dict:                # loss, top1 and the metrics as floats; "margins" (N,), sorted
     "One pass over `loader` in evaluation mode, by which the model is left as it was."
+    model, at = _bare(model, at)
     batches, joined = _batches(loader), getattr(loader, "world_size", 1) > 1
     first = next(batches, None)
     if first is None and not joined: raise ValueError("loader must hold at least one batch, got none")
-    name = last_linear(model, at)
-    tally = [torch.zeros(3)]
-    with _evaluation(model), _eager(model, name), _Probe(model, name) as probe:
-        C, d = probe.layer.weight.shape
-        device = probe.layer.weight.device
-        samples = _Samples(C, d, device, math.inf if margins else store, joined)
+    name = _classifier(model, at, first)
+    layer, tallies = model.get_submodule(name), [torch.zeros(3)]
+    (C, d), device = layer.weight.shape, layer.weight.device
+    samples = _Samples(C, d, device, math.inf if margins else store, joined)
+    with _evaluation(model), _eager(_around(model, name)), _Probe(model, name) as probe:
         for x, y in chain([first] if first else [], batches):
             h, z = probe(_to(x, device))
-            y = y.to(device)
-            _batch(h, y, C, d)
-            samples.add(h, y)
-            loss, hits = F.cross_entropy(z, y, reduction="sum"), (z.argmax(1) == y).sum()
-            tally.append(torch.stack([loss.new_tensor(len(y)), loss, hits.to(loss)]).cpu())
-        W, b = probe.layer.weight, probe.layer.bias
-        each = samples.judge(W, b)
-    total = torch.stack(tally).double().sum(0)
+            classes, tally = _score(h, z, y.as_subclass(Tensor).to(device))
+            samples.add(h, classes)
+            tallies.append(tally.cpu())
+        each = samples.judge(layer.weight, layer.bias)
+    total = torch.stack(tallies).double().sum(0)
     if joined:
-        total, each = _all_of(total, each if margins else None, device)
-    out = {"loss": total[1] / total[0], "top1": total[2] / total[0]} | samples.metric.compute(W, b)
-    out = {k: float(v) for k, v in out.items()}
+        total, each = _joint(total, each if margins else None, device)
+    out = {"loss": total[1] / total[0], "top1": total[2] / total[0]}
+    out = {k: float(v) for k, v in (out | samples.metric.compute(layer.weight, layer.bias)).items()}
     return out | {"margins": each.sort().values} if margins else out
