@@ -7,6 +7,7 @@ __all__ = ['last_linear', 'swap_head']
 
 # %% ../nbs/05a_swap.ipynb #c003
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -95,12 +96,14 @@ def _watch(
     "What these modules put out in one pass at evaluation; the model is left as it was."
     calls, modes = {}, [(m, m.training) for m in model.modules()]
     hooks = [m.register_forward_hook(partial(_note, calls, n, n == flip != "")) for n, m in watched.items()]
+    compiled = any(m._compiled_call_impl is not None for m, _ in modes)  # there hooks would not be called
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     forked = [device] if device.type == "cuda" else []
     try:
         for m, _ in modes:
             m.training = False  # not by eval(), which may do more
-        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(forked):
+        with eager, torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(forked):
             _call(model, example)
     except Exception as e:
         raise _CannotRun(f"the example does not run through {type(model).__name__}: {e}") from e

@@ -156,6 +156,10 @@ def test_kinds_of_examples():
         assert last_linear(model, example=example) == "z"
     assert last_linear(model.half(), example=X) == "z"
     assert last_linear(torch.compile(Net(rot=fc(), fc=fc())), example=X) == "_orig_mod.fc"
+    inside = Net(rot=fc(), fc=fc())
+    inside.compile(backend="eager")
+    inside(X)
+    assert last_linear(inside, example=X) == "fc"
 
 
 # ---- adapters, lazy layers, parts
