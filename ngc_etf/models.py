@@ -69,7 +69,7 @@ def _torchvision(
     if name == "vgg13":
         name = "vgg13_bn"
     if name not in known:
-        raise ValueError(f"unknown network name={name!r}; known: digits, mlp, timm:NAME, {', '.join(known)}")
+        raise ValueError(f"unknown network name={name!r}; known: digits, timm:NAME, mlp, {', '.join(known)}")
     net = models.get_model(name, weights="DEFAULT" if pretrained else None)
     if isinstance(net, models.VGG):
         d = [m for m in net.features if isinstance(m, nn.Conv2d)][-1].out_channels
