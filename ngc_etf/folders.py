@@ -8,6 +8,7 @@ __all__ = ['FolderData', 'folder_data', 'FolderLoader', 'folder_loaders']
 # %% ../nbs/08c_folders.ipynb #c003
 import hashlib
 import os
+import warnings
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
@@ -71,10 +72,12 @@ def _turn(
     pic:Image.Image,  # just opened
 ):                    # for `Image.transpose`; None where the picture is upright or does not say
     "What turns a photograph upright, from its EXIF data; damaged data say nothing."
-    try:
-        return _TURNS.get(pic.getexif().get(274))  # Orientation
-    except Exception:
-        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return _TURNS.get(pic.getexif().get(274))  # Orientation
+        except Exception:
+            return None
 
 def _as_rgb(
     pic:Image.Image,  # of any mode

@@ -37,7 +37,7 @@ def test_paper_bodies_train_a_step(name, size):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_stripping_changes_nothing_at_the_start(name):
-    "A fresh ResNet's BatchNorm has weight 1 and bias 0, its convolutions no bias: the stripped network computes the same."
+    "A fresh ResNet's BatchNorm has weight 1 and bias 0, its convolutions no bias: stripping is the identity."
     net, _ = body(name, affine=True)
     x = torch.randn(4, 3, 64, 64)
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_timm():
 
 @pytest.mark.parametrize("gain", [3.0, 10.0])
 def test_digits_net_learns(gain):
-    "Ten epochs are enough for 97% (the demonstration has thirty), features normalised to tau 5 as the heads do it."
+    "Ten epochs are enough for 97%, features normalised to tau 5; seeds and threads gave 99.2 to 99.7%."
     torch.manual_seed(0)
     net, d = body("digits", width=16)
     head = nn.Linear(d, 10, bias=False)
