@@ -103,7 +103,8 @@ def _check(exp):
     "A `ValueError` that names the field, its value and what is allowed."
     for field, allowed in _ALLOWED.items():
         value = getattr(exp, field)
-        if value not in allowed: raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {value!r}")
+        if value not in allowed:
+            raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {value!r}")
     if not exp.large and exp.data not in (*UFM, *DATASETS):
         known = ", ".join((*UFM, *DATASETS, *FOLDERS))
         raise ValueError(f"data must be one of {known}, got {exp.data!r}")

@@ -36,12 +36,13 @@ def _sources(folder):
     "A short hash of the package's Python files, their names included."
     digest = hashlib.sha256()
     for path in sorted(Path(folder).rglob("*.py")):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+        name = path.relative_to(folder).as_posix()
+        digest.update(name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 def provenance(
     folder=None, # of the package's sources; where they were imported from when None
-)->dict:         # commit ("" where git does not track them), changed (since that commit), sources (their hash)
+)->dict:         # commit ("" where git does not track them), changed (since then), sources (their hash)
     "Which sources compute here."
     folder = Path(folder or ngc_etf.__path__[0])
     tracked = _git(folder, "ls-files", "--error-unmatch", "__init__.py")
