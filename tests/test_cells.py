@@ -84,7 +84,7 @@ def test_the_tables_have_their_cells():
 def test_cell_runs_and_resumes(name, method, root, tmp_path, monkeypatch):
     begun = time.process_time()
     exp = get_experiment(name, method=method, epochs=2, batch_size=1000, at=(), every=10, size=8)
-    monkeypatch.setattr("ngc_etf.experiment.body", copied)
+    monkeypatch.setattr("ngc_etf.step.body", copied)
     keep_first_checkpoint(monkeypatch, tmp_path / "cut")
     whole = run(exp, tmp_path / "whole", root, device="cpu", progress=False, workers=0)
     cut = Rows(exp, tmp_path / "cut")

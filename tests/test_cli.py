@@ -9,7 +9,7 @@ from ngc_etf.rows import Rows
 from ngc_etf.runner import run
 from ngc_etf.rows import load_rows
 from ngc_etf.report import report_main
-from ngc_etf.suite import train_main
+from ngc_etf.command import train_main
 
 
 def shell(code, *argv, **kw):
@@ -17,7 +17,7 @@ def shell(code, *argv, **kw):
     return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, env=env, **kw)
 
 
-TRAIN = "from ngc_etf.suite import train_main; train_main()"
+TRAIN = "from ngc_etf.command import train_main; train_main()"
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path):
