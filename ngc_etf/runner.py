@@ -107,7 +107,7 @@ class Record(Callback):
         deadline=None,  # as `time.time()` counts
     ):
         self.rows, self.exp, self.net, self.loaders = rows, rows.exp, net, loaders
-        self.begun, self.earlier, self.progress = begun, seconds, progress and rows.write
+        self.begun, self.done, self.earlier, self.progress = begun, begun, seconds, progress and rows.write
         self.deadline, self.stopped, self.joined = deadline, False, loaders["train"].world_size > 1
 
     def before_fit(self):
@@ -142,7 +142,7 @@ class Record(Callback):
         loaders = {k: l.state_dict() for k, l in self.loaders.items()}
         self.rows.checkpoint(epoch=epoch, model=self.net.state_dict(), opt=self.opt.opt.state_dict(),
                              loader=loaders, rng=torch.get_rng_state(), seconds=seconds)
-        now = time.perf_counter()
+        self.done, now = epoch, time.perf_counter()
         late = _late(self.deadline, now - self.epoch_start)  # another epoch like this one
         self.epoch_start = now
         if epoch < self.exp.epochs and self._any(late):
@@ -245,7 +245,7 @@ def _run_images(exp, rows, data, device="cpu", progress=True, workers=4, compile
     with learn.no_bar(), learn.no_logging():
         learn.fit(exp.epochs - begun, cbs=[NearestETF(verbose=False), record, *extra])
     if record.stopped:
-        raise OutOfTime(f"{exp.stem}: out of time after epoch {begun + record.epoch} of {exp.epochs}")
+        raise OutOfTime(f"{exp.stem}: out of time after epoch {record.done} of {exp.epochs}")
 
 # %% ../nbs/11c_runner.ipynb #c017
 #| code-fold: true
@@ -324,10 +324,10 @@ def _open(exp, rows, root, download):
     if exp.data in UFM: return None
     try:
         data = open_data(exp, root, download)
+        rows.data = fingerprint(data)
     except FileNotFoundError:
         if rows.done: return None  # nothing to do, and nothing to compare with
         raise
-    rows.data = fingerprint(data)
     about = rows.about_stored()
     check_data(about and about.get("data"), rows.data, rows.json)
     return data

@@ -51,5 +51,7 @@ def test_the_list_of_what_is_done_imports_no_torch(tmp_path):
 
 def test_a_run_speaks_of_nobodys_future(tmp_path):
     "No FutureWarning, of whatever library, and no bar where there is no terminal."
-    found, said = imported(command("--experiment", "ufm-10", "--epochs", "2", "--device", "cpu", "--out", str(tmp_path)))
+    found, said = imported(
+        command("--experiment", "ufm-10", "--epochs", "2", "--device", "cpu", "--out", str(tmp_path))
+    )
     assert said == "" and "torch" in found
