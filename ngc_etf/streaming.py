@@ -6,7 +6,12 @@
 __all__ = ['NeuralCollapse', 'measure_collapse']
 
 # %% ../nbs/06b_streaming.ipynb #c003
+import math
+from contextlib import contextmanager, nullcontext
+from itertools import chain
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -14,7 +19,9 @@ from torchmetrics import Metric
 
 from .heads import Head
 from .metrics import _batch, _cdnv, _centre, _disagree, _dual, _f64, _margins, _matrix, _no_means, cosine_margins, equinorm_gap, nc2, nc3, numerical_rank, pair_cosines
+from .procrustes import at_least_float32
 from .simplex import check_classes
+from .swap import last_linear
 
 # %% ../nbs/06b_streaming.ipynb #c008
 _MOMENTS = ("count", "mean", "spread", "scatter")
@@ -171,31 +178,153 @@ def merge_state(self:NeuralCollapse, incoming):
     for name, t in zip(_MOMENTS, _chan(*(pair[k] for k in _MOMENTS))): setattr(self, name, t)
     self.tally, self.margin_hist, self.margin_min = pair["tally"].sum(0), pair["margin_hist"].sum(0), pair["margin_min"].amin(0)
 
-# %% ../nbs/06b_streaming.ipynb #c034
-@torch.no_grad()
-def measure_collapse(
-    model:nn.Module, # ends in one of our heads
-    head:Head,       # that head
-    dl,              # a DataLoader, or a list, of batches (*x, y)
-    store:int=2**30, # bytes of features to keep for nc4 and the margins, which are left out beyond that
-)->dict:             # loss, top1 and chapter 06's metrics, as floats
-    "One pass over `dl` in evaluation mode, by which the model is left as it was."
-    modes, device, caught = [(m, m.training) for m in model.modules()], head.weight.device, []
-    samples = len(dl.dataset) if hasattr(dl, "dataset") else sum(len(y) for *_, y in dl)
-    keep = 4 * head.d * samples <= store
-    lin, metric, kept, n, loss, hits = head.to_linear(), NeuralCollapse(head.C, head.d, scatter=not keep).to(device), [], 0, 0., 0.
-    hook = head.register_forward_pre_hook(lambda m, args: caught.append(m.features(args[0]).detach()))
+# %% ../nbs/06b_streaming.ipynb #c035
+def _to(x, device):
+    "Nested lists, tuples and dicts of tensors on a device."
+    if hasattr(x, "to"): return x.to(device)
+    if isinstance(x, dict): return {k: _to(v, device) for k, v in x.items()}
+    if not isinstance(x, (list, tuple)): return x
+    parts = [_to(v, device) for v in x]
+    return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
+
+def _batches(loader):
+    "Inputs and labels of each batch."
+    for batch in loader:
+        if not isinstance(batch, (list, tuple)) or len(batch) < 2:
+            raise ValueError(f"a batch must be a tuple (*x, y) of inputs and labels, got {type(batch).__name__}")
+        *x, y = batch
+        yield x, y
+
+@contextmanager
+def _evaluation(model):
+    "Evaluation mode; afterwards each module has its own mode again."
+    modes = [(m, m.training) for m in model.modules()]
     try:
         model.eval()
-        for *x, y in dl:
-            y, z = y.to(device), model(*(t.to(device) for t in x)).float()
-            f = caught.pop()
-            metric.update(f, y)
-            n, loss, hits = n + len(y), loss + F.cross_entropy(z, y, reduction="sum"), hits + (z.argmax(1) == y).sum()
-            if keep: kept.append((f.float().cpu(), y.cpu()))
-        if kept: metric.judge(lin.weight, lin.bias)
-        for f, y in kept: metric.update(f.to(device), y.to(device))
+        yield
     finally:
-        hook.remove()
-        for m, mode in modes: m.training = mode
-    return {"loss": float(loss/n), "top1": float(hits/n)} | {k: float(v) for k, v in metric.compute(lin.weight, lin.bias).items()}
+        for m, mode in modes:
+            m.training = mode
+
+def _eager(model, name):
+    "A context in which hooks of the layer `name` are called, even where it or a module around it is compiled."
+    parts = name.split(".")
+    around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
+    compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in around)
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+# %% ../nbs/06b_streaming.ipynb #c037
+class _Probe:
+    "What goes into a classifier and comes out of it, batch by batch."
+    def __init__(self, model, name):
+        self.model, self.name, self.layer, self.calls = model, name, model.get_submodule(name), []
+
+    def __enter__(self):
+        self.hook = self.layer.register_forward_hook(self._catch, with_kwargs=True)
+        return self
+
+    def __exit__(self, *exc):
+        self.hook.remove()
+
+    def _catch(self, layer, args, kwargs, out):
+        h = args[0] if args else next(iter(kwargs.values()))
+        self.calls.append((layer.features(h) if isinstance(layer, Head) else h, out))
+
+    def __call__(self, x):
+        "Features (N, d) and logits (N, C), float32 or better, of the inputs x."
+        self.calls.clear()
+        out = self.model(*x)
+        if len(self.calls) != 1:
+            raise ValueError(f"the classifier {self.name!r} must be called once in a forward pass, got {len(self.calls)} calls: "
+                             "name another one, at='...'")
+        h, z = self.calls.pop()
+        z = at_least_float32(out if isinstance(out, Tensor) else z)
+        C = len(self.layer.weight)
+        if z.ndim != 2 or z.shape[1] != C:
+            raise ValueError(f"the logits must have shape (N, {C}), as the classifier {self.name!r} has {C} rows, got {tuple(z.shape)}")
+        return h, z
+
+# %% ../nbs/06b_streaming.ipynb #c038
+class _Samples:
+    "Features and labels, while they take at most `store` bytes; beyond that, what a metric remembers of them."
+    def __init__(self, C, d, device, store, joined):
+        self.metric = self._new(C, d, device, joined, scatter=False)
+        self.kept, self.room, self.joined = [], store, joined
+
+    def _new(self, C, d, device, joined, scatter):
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        return NeuralCollapse(C, d, dtype=dtype, scatter=scatter, sync_on_compute=joined).to(device)
+
+    def add(self, h, y):
+        if self.kept is None: return self.metric.update(h, y)
+        self.kept.append((h.cpu(), y.cpu()))
+        self.room -= h.numel() * h.element_size()
+        if self.room < 0:
+            self.spill()
+
+    def spill(self):
+        "No room: count what was kept, and go on with a scatter matrix."
+        m = self.metric
+        self.metric = self._new(m.C, m.d, m.device, self.joined, scatter=True)
+        self._feed(self.metric.update)
+        self.kept = None
+
+    def _feed(self, f):
+        return [f(h.to(self.metric.device), y.to(self.metric.device)) for h, y in self.kept]
+
+    def judge(self, W, b):
+        "The second pass, where the features were kept in every process; the margin of each sample, or None."
+        full = torch.tensor(float(self.kept is None), device=self.metric.device)
+        if self.joined:
+            dist.all_reduce(full, dist.ReduceOp.MAX)
+        if full and self.kept is not None:
+            self.spill()
+        if self.kept is None: return None
+        self._feed(self.metric.update)
+        self.metric.judge(W, b)
+        self._feed(self.metric.update)
+        return torch.cat([torch.zeros(0, dtype=torch.float64), *(m.cpu() for m in self._feed(self.metric.margins))])
+
+# %% ../nbs/06b_streaming.ipynb #c040
+def _all_of(total, margins, device):
+    "Sums and margins (or None) of all processes."
+    total = total.to(device)
+    dist.all_reduce(total)
+    if margins is None: return total.cpu(), None
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, margins)
+    return total.cpu(), torch.cat(parts)
+
+@torch.no_grad()
+def measure_collapse(
+    model:nn.Module,    # ends in one of our heads, or in an nn.Linear
+    loader,             # a DataLoader, or a list, of batches (*x, y)
+    at:str="",          # name of the classifier; the model's head when "", else its last linear layer
+    store:int=2**30,    # bytes of features to keep for nc4 and the mean margin, left out beyond that
+    margins:bool=False, # the margin of every sample too, whatever memory that takes
+)->dict:                # loss, top1 and the metrics as floats; "margins" (N,), sorted
+    "One pass over `loader` in evaluation mode, by which the model is left as it was."
+    batches, joined = _batches(loader), getattr(loader, "world_size", 1) > 1
+    first = next(batches, None)
+    if first is None and not joined: raise ValueError("loader must hold at least one batch, got none")
+    name = last_linear(model, at)
+    tally = [torch.zeros(3)]
+    with _evaluation(model), _eager(model, name), _Probe(model, name) as probe:
+        C, d = probe.layer.weight.shape
+        device = probe.layer.weight.device
+        samples = _Samples(C, d, device, math.inf if margins else store, joined)
+        for x, y in chain([first] if first else [], batches):
+            h, z = probe(_to(x, device))
+            y = y.to(device)
+            _batch(h, y, C, d)
+            samples.add(h, y)
+            loss, hits = F.cross_entropy(z, y, reduction="sum"), (z.argmax(1) == y).sum()
+            tally.append(torch.stack([loss.new_tensor(len(y)), loss, hits.to(loss)]).cpu())
+        W, b = probe.layer.weight, probe.layer.bias
+        each = samples.judge(W, b)
+    total = torch.stack(tally).double().sum(0)
+    if joined:
+        total, each = _all_of(total, each if margins else None, device)
+    out = {"loss": total[1] / total[0], "top1": total[2] / total[0]} | samples.metric.compute(W, b)
+    out = {k: float(v) for k, v in out.items()}
+    return out | {"margins": each.sort().values} if margins else out

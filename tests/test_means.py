@@ -1,0 +1,229 @@
+"Class means and their moving average: labels of every kind, errors that leave no trace, one graph."
+
+import copy
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+from ngc_etf.means import _centre, _label_faults, as_labels, centred_means
+from ngc_etf.running import RunningGlobalMean, RunningMeans
+
+N, d, C = 12, 5, 4
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    return torch.randn(N, d), torch.arange(N) % 3
+
+
+def state(module):
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def assert_same(module, before):
+    for k, v in module.state_dict().items():
+        assert torch.equal(v, before[k]), k
+
+
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+@pytest.mark.parametrize("shape", [(N,), (N, 1)], ids=str)
+def test_integers_of_any_type_are_labels(batch, dtype, shape):
+    h, y = batch
+    given = y.to(dtype).reshape(shape)
+    assert torch.equal(as_labels(given, N, C), y)
+    for ours, plain in zip(centred_means(h, given, C), centred_means(h, y, C)):
+        assert torch.equal(ours, plain)
+
+
+WRONG = {
+    "negative": (lambda y: y - 1, "labels must lie in 0..3, got -1 to 1"),
+    "too large": (lambda y: y + 2, "labels must lie in 0..3, got 2 to 4"),
+    "overflow": (lambda y: torch.full_like(y, 2**63, dtype=torch.uint64), "labels must lie in 0..3"),
+    "bool": (lambda y: y > 0, "integers, got torch.bool"),
+    "complex": (lambda y: y.to(torch.complex64), "integers, got torch.complex64"),
+    "float": (lambda y: y.float(), "integers, got torch.float32"),
+    "short": (lambda y: y[:-1], r"shape \(12,\) or \(12, 1\), got \(11,\)"),
+    "one-hot integers": (lambda y: torch.eye(C, dtype=torch.int64)[y], r"got \(12, 4\)"),
+    "transposed": (lambda y: y[None], r"got \(1, 12\)"),
+    "float column": (lambda y: y.float()[:, None], r"soft labels must have shape \(12, 4\), got \(12, 1\)"),
+    "no mass": (lambda y: torch.zeros(N, C), "sum to 1"),
+    "one row without mass": (lambda y: torch.eye(C)[y] * (torch.arange(N) > 0)[:, None], "sum to 1"),
+    "multi-hot": (lambda y: torch.eye(C)[y] + torch.eye(C)[3], "sum to 1"),
+    "halved": (lambda y: torch.eye(C)[y] / 2, "sum to 1"),
+    "nan": (lambda y: torch.eye(C)[y] * torch.nan, "finite and not negative"),
+    "negative share": (lambda y: 2 * torch.eye(C)[y] - 0.25, "finite and not negative"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_labels_are_refused_before_any_state_changes(batch, wrong):
+    h, y = batch
+    change, message = WRONG[wrong]
+    means = RunningMeans(d, C)
+    means(h, y)
+    before = state(means)
+    with pytest.raises(ValueError, match=message):
+        means(h, change(y))
+    assert_same(means, before)
+    with pytest.raises(ValueError, match=message):
+        centred_means(h, change(y), C)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_rounded_mixtures_sum_to_one(dtype):
+    torch.manual_seed(0)
+    lam = torch.rand(500, 1)
+    one_hot = torch.eye(C)[torch.randint(C, (2, 500))]
+    y = (lam.to(dtype) * one_hot[0].to(dtype) + (1 - lam).to(dtype) * one_hot[1].to(dtype)) * 0.9 + 0.1 / C
+    assert all(ok for ok, _ in _label_faults(y, C))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_leave_no_trace(batch, value):
+    h, y = batch
+    bad = h.clone()
+    bad[3, 2] = value
+    means, mean = RunningMeans(d, C), RunningGlobalMean(d)
+    for module, args in ((means, (y,)), (mean, ())):
+        module(h, *args)
+        before = state(module)
+        with pytest.raises(ValueError, match="non-finite"):
+            module(bad, *args)
+        assert_same(module, before)
+
+
+def test_a_large_common_offset_costs_no_digits():
+    torch.manual_seed(0)
+    means, counts = torch.randn(C, d, dtype=torch.float64), torch.tensor([3.0, 0.0, 1.0, 5.0])
+    exact, h_G = _centre(means, counts.double())
+    shifted, h_G_shifted = _centre((means + 2.0**20).float(), counts)
+    rounded = _centre((means + 2.0**20).float().double(), counts.double())[0]
+    assert (shifted - rounded).abs().max() < 1e-6  # what rounding the input costs is not ours
+    assert (shifted - exact).abs().max() < 0.2
+    torch.testing.assert_close(h_G_shifted, (h_G + 2.0**20).float())
+
+
+def test_late_verdicts_leave_the_state_alone(batch, monkeypatch):
+    "As on a GPU: the verdict is told later, and the step goes on without it."
+    h, y = batch
+    told = []
+
+    def late(ok, message):
+        told.append((bool(ok), message))
+        return ok
+
+    means = RunningMeans(d, C)
+    means(h, y)
+    monkeypatch.setattr(means, "check", late)
+    late.raise_late = lambda wait=False: None
+    plain = RunningMeans(d, C)
+    plain.load_state_dict(means.state_dict())
+    for ours, theirs in zip(means(h, y), plain(h, y)):
+        assert torch.equal(ours, theirs)
+    before = state(means)
+    for features, labels in ((h, y + 2), (h / 0, y), (h, torch.ones(N, C)), (h, torch.eye(C)[y] * torch.nan)):
+        told.clear()
+        features = features.clone().requires_grad_()
+        H, h_G = means(features, labels)
+        assert not all(ok for ok, _ in told)
+        assert H.isfinite().all() and h_G.isfinite().all()
+        (grad,) = torch.autograd.grad(H.sum() + h_G.sum(), features)
+        assert grad.isfinite().all()
+        assert_same(means, before)
+
+
+# ---- torch.compile
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("alpha", ["paper", "cumulative", 0.3])
+def test_one_graph_for_all_steps(alpha, fresh_compiler):
+    "No recompilation as steps go by, classes come late, labels turn soft only once; equal to eager."
+    torch.manual_seed(0)
+    eager = RunningMeans(d, C, alpha)
+    traced = copy.deepcopy(eager)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    step = torch.compile(traced, backend=counter, fullgraph=True)
+    for t in range(30):
+        h = torch.randn(N, d, requires_grad=True)
+        y = torch.randint(C if t > 10 else 2, (N,))
+        grads = []
+        for means in (eager, step):
+            H, h_G = means(h, y)
+            grads += torch.autograd.grad((H * torch.arange(C)).sum() + h_G.square().sum(), h)
+        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count == 1
+    for k, v in eager.state_dict().items():
+        torch.testing.assert_close(v, traced.state_dict()[k], rtol=1e-6, atol=1e-7)
+    assert traced.t == 30
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_wrong_values_are_refused_in_a_compiled_graph(batch, backend, fresh_compiler):
+    h, y = batch
+    means = RunningMeans(d, C)
+    step = torch.compile(means, backend=backend, fullgraph=True)
+    step(h, y)
+    before = state(means)
+    with pytest.raises(ValueError, match="labels must lie in 0..3"):
+        step(h, y + 2)
+    with pytest.raises(ValueError, match="non-finite"):
+        step(h / 0, y)
+    with pytest.raises(ValueError, match="sum to 1"):
+        step(h, torch.ones(N, C))
+    assert_same(means, before)
+    step(h, y)
+    assert means.t == 2
+
+
+def test_the_global_mean_is_one_graph(batch, fresh_compiler):
+    h, _ = batch
+    mean, plain = RunningGlobalMean(d), RunningGlobalMean(d)
+    step = torch.compile(mean, backend="aot_eager", fullgraph=True)
+    for k in range(12):
+        torch.testing.assert_close(step(h + k), plain(h + k))
+    torch.testing.assert_close(mean.h_G, plain.h_G)
+    with pytest.raises(ValueError, match="non-finite"):
+        step(h / 0)
+
+
+# ---- devices
+
+
+class WithoutFloat64(torch.overrides.TorchFunctionMode):
+    "A device that has no float64, such as Apple's."
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor) and x.dtype == torch.float64:
+                raise TypeError(f"{func} made float64")
+        return out
+
+
+def test_float64_is_not_needed(batch):
+    h, y = batch
+    means = RunningMeans(d, C)
+    with WithoutFloat64():
+        for _ in range(3):
+            means(h.requires_grad_(), y)[0].sum().backward()
+        means.eval()(h, y)
+        RunningGlobalMean(d)(h)
+
+
+def test_meta_device(batch):
+    h, y = batch
+    means = RunningMeans(d, C).to("meta")
+    H, h_G = means(h.to("meta"), y.to("meta"))
+    assert (H.shape, h_G.shape, H.device.type) == ((d, C), (d,), "meta")
