@@ -7,7 +7,10 @@ export OMP_NUM_THREADS ?= $(if $(filter test test-slow docs,$(MAKECMDGOALS)),1,2
 help:       ## this list
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 .venv/.done: settings.ini setup.py
-	$(PY) -m venv .venv && $(BIN)/pip install -q -e '.[dev]' && touch $@
+	if command -v uv >/dev/null; then \
+	  uv venv -q --allow-existing --python $(PY) .venv && uv pip install -q --python $(BIN)/python -e '.[dev]'; \
+	else $(PY) -m venv .venv && $(BIN)/pip install -q -e '.[dev]'; fi
+	touch $@
 demo: .venv/.done       ## train the three classifiers on free features and on digits, then write report/index.html
 	export PYTHONWARNINGS=ignore; $(BIN)/ngc_train --suite demo --out runs/demo && $(BIN)/ngc_report --rows runs/demo --out report
 test: .venv/.done       ## every notebook and every test but the slow ones

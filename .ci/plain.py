@@ -1,4 +1,4 @@
-"""Are the lines plain? One statement a line, at most 110 characters, a name for each idea.
+"""Are the lines plain? One statement a line and a name for each idea; ruff adds the width and unused names.
 
 plain.py [FILE ...]     notebooks and Python files; all of nbs, tests and .ci when none is named
 """
@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-WIDTH = 110
 SHORT = (ast.Raise, ast.Return, ast.Continue, ast.Break)  # may stand behind the colon of an `if`
 
 
@@ -71,9 +70,6 @@ def complaints(path):
     "Everything about a file's lines that is not plain."
     for place, text, notebook in sources(path):
         where = f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}: {place}"
-        for i, line in enumerate(text.splitlines(), 1):
-            if len(line) > WIDTH:
-                yield f"{where}{i}: {len(line)} characters"
         tree = ast.parse(text)
         for i, what in (*crowded(tree, text), *contorted(tree, notebook)):
             yield f"{where}{i}: {what}"

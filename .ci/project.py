@@ -99,7 +99,7 @@ def mathml(page, s):
 
 
 def check_page(out, s, name):
-    "Raise unless the page stands alone: equations set, nothing loaded from elsewhere, links that lead somewhere."
+    "Raise unless the page stands alone: equations set, nothing loaded from elsewhere, no broken link."
     if re.search(r'<span class="math [^"]*">(?!\s*<math)', s):
         raise Problem(f"{name}: an equation was left as TeX")
     if m := re.search(r'<(?:script|img|link|iframe)\b[^>]*\b(?:src|href)="(?:https?:)?//[^"]*"', s):
@@ -119,6 +119,18 @@ def check_page(out, s, name):
             and f'id="{html.unescape(unquote(anchor))}"' not in f.read_text(encoding="utf-8")
         ):
             raise Problem(f"{name}: broken link {link}#{anchor}")
+
+
+def check_code(notebook, s, name):
+    "Raise unless every line that the notebook exports can be read on its page."
+    shown = {" ".join(line.split()) for line in html.unescape(re.sub(r"<[^>]+>", "", s)).splitlines()}
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] != "code" or not re.match(r"#\|\s*exports?\b", text):
+            continue
+        for line in text.splitlines():
+            if line.strip() and not line.startswith("#|") and " ".join(line.split()) not in shown:
+                raise Problem(f"{name}: exported code that a reader does not see: {line.strip()!r}")
 
 
 def docs(root=ROOT):
@@ -141,23 +153,28 @@ def docs(root=ROOT):
         )
     shutil.rmtree(out, ignore_errors=True)
     shutil.move(proc / "_docs", out)
+    for f in out.rglob("*.css"):
+        css = f.read_text(encoding="utf-8")
+        f.write_text(re.sub(r"@import\s+url\([^)]*//[^)]*\);", "", css), encoding="utf-8")
     (out / "site.css").write_text(CSS)
     shutil.copy(Path(ziamath.__file__).parent / "fonts" / FONT, out)
     if missing := [p for p in pages if not (out / out_name(p)).exists()]:
         raise Problem(f"no page was made of {', '.join(missing)}")
     online = get_config(cfg_name="settings.ini", path=root)
-    online = f'href="{online.doc_host}{online.doc_baseurl}/'  # where nbdev links a symbol to: a site that is read offline links to itself
+    # where nbdev links a symbol to; a site that is read offline links to itself
+    online = f'href="{online.doc_host}{online.doc_baseurl}/'
     link = rf"\[`([^`\]]+)`\]\({re.escape(online[6:])}[^)]*\)"  # in a signature's comments links stay text
     done = {
         f: re.sub(link, r"`\1`", mathml(f.name, f.read_text(encoding="utf-8"))).replace(online, 'href="')
         for f in sorted(out.glob("*.html"))
     }
+    head = '<link rel="icon" href="data:,"><link rel="stylesheet" href="site.css"></head>'
     for f, s in done.items():
-        f.write_text(
-            s.replace("</head>", '<link rel="stylesheet" href="site.css"></head>', 1), encoding="utf-8"
-        )
+        f.write_text(s.replace("</head>", head, 1), encoding="utf-8")
     for f, s in done.items():
         check_page(out, s, f.name)
+    for p in pages:
+        check_code(root / "nbs" / p, done[out / out_name(p)], out_name(p))
     print(f"{len(done)} pages: {out / 'index.html'}")
 
 
@@ -188,9 +205,8 @@ def readme_text(root=ROOT):
         )
     )
     if res["outputs"]:
-        raise Problem(
-            "nbs/index.ipynb stores a picture in an output; GitHub shows only files: save it under nbs/images and link it"
-        )
+        where = "save it under nbs/images and link it"
+        raise Problem(f"nbs/index.ipynb stores a picture in an output; GitHub shows only files: {where}")
     s = f"# {front['title']}\n\n> {front['description']}\n\n{body}"
     s = re.sub(r"(\]\(|src=\")(?=(?:images/|[\w.-]+\.ipynb))", r"\1nbs/", s)
     for link in re.findall(r"(?:\]\(|src=\")(nbs/[^)\"#]+)", s):
@@ -246,7 +262,8 @@ def public_names(root=ROOT):
         if module is None:
             continue
         tree = ast.parse((root / "ngc_etf" / f"{module[1]}.py").read_text(encoding="utf-8"))
-        values = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
+        assigned = [n for n in tree.body if isinstance(n, ast.Assign)]
+        values = [n.value for n in assigned if ast.unparse(n.targets[0]) == "__all__"]
         found[module[1]] = ast.literal_eval(values[0]) if values else []
     return found
 
@@ -259,7 +276,7 @@ def init_text(root=ROOT):
     for module, names in found.items():
         for name in names:
             if name in found:
-                raise Problem(f"{name}, public in {module}, is also the name of a module, which would hide it")
+                raise Problem(f"{name}, public in {module}, is also a module's name, which would hide it")
             if name in seen:
                 raise Problem(f"{name} is public in {seen[name]} and in {module}")
             seen[name] = module

@@ -1,10 +1,20 @@
 "The project is in step with its notebooks: exports, README, cleanliness, layering, public names."
 
-import ast, importlib, importlib.util, inspect, json, re, shutil, subprocess, sys
+import ast
+import importlib
+import importlib.util
+import inspect
+import json
+import re
+import shutil
+import subprocess
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+
+import ngc_etf
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -48,7 +58,10 @@ def fresh(tmp_path_factory):
     shutil.copytree(ROOT / "nbs", top / "nbs", symlinks=True)
     (top / "ngc_etf").mkdir()
     (top / "ngc_etf" / "__init__.py").write_text("")
-    code = "from nbdev.clean import nbdev_clean; from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__(); nbdev_clean.__wrapped__()"
+    code = (
+        "from nbdev.clean import nbdev_clean; from nbdev.doclinks import nbdev_export; "
+        "nbdev_export.__wrapped__(); nbdev_clean.__wrapped__()"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=top, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return top
@@ -59,6 +72,8 @@ def test_package_is_what_the_notebooks_export(fresh):
         {p.name: p.read_text(encoding="utf-8") for p in (top / "ngc_etf").glob("*.py")}
         for top in (ROOT, fresh)
     )
+    ours.pop("__init__.py")  # that one is `project.names`'
+    theirs.pop("__init__.py")
     assert sorted(ours) == sorted(theirs), (
         "a module without a notebook, or a notebook not exported: run nbdev_export"
     )
@@ -71,6 +86,16 @@ def test_notebooks_are_clean(fresh):
     assert [p.name for p in NOTEBOOKS if p.read_bytes() != (fresh / "nbs" / p.name).read_bytes()] == [], (
         "run nbdev_clean"
     )
+
+
+def test_public_names_are_listed():
+    project.names(ROOT, check=True)
+
+
+def test_lines_are_plain():
+    check = [sys.executable, ROOT / ".ci" / "plain.py"]
+    done = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_readme_is_the_index():
@@ -99,7 +124,9 @@ def test_a_missing_page_and_a_forgotten_one_are_named(tmp_path):
 
 
 def test_equations_become_mathml_or_an_error():
-    page = r'<link href="https://cdn/katex@1/katex.css"><span class="math inline">\(a &lt; \tilde H\)</span> <span class="math display">\[x \tag{6}\]</span>'
+    inline, display = r"\(a &lt; \tilde H\)", r"\[x \tag{6}\]"
+    page = '<link href="https://cdn/katex@1/katex.css">'
+    page += f'<span class="math inline">{inline}</span> <span class="math display">{display}</span>'
     out = project.mathml("p.html", page)
     assert out.count("<math") == 2 and "&lt;" in out and "(6)" in out and "katex" not in out
     with pytest.raises(project.Problem, match=r"p.html.*\\nonsense"):
@@ -231,56 +258,63 @@ def test_heads_do_not_import_fastai():
 
 
 PUBLIC = """
-simplex.simplex_etf(C, d=None, U=None, alpha=1., dtype=None, device=None)
-simplex.standard_etf(C, dtype=None, device=None)
-simplex.canonical_direction(d, C)
-simplex.haar_direction(d, C, generator=None)
-means.centred_means(h, y, C)
-means.RunningMeans(d, C)
-means.RunningMeans.forward(self, h, y)
-nearest.nearest_etf(H, U_prox=None, delta=1e-3, solver="auto")
-nearest.polar(P)
-implicit.rvec(A)
-implicit.rvech(A)
-implicit.commutation_matrix(m, n)
-implicit.elimination_matrix(n)
-implicit.lagrange_multipliers(H, U, U_prox, delta)
-implicit.sigma(H, U, U_prox, delta)
-implicit.ddn_jacobian(H, U, U_prox, delta, via="sigma")
-implicit.ddn_vjp(H, U, U_prox, delta, v)
-heads.StandardHead(d, C, tau=5., normalise=True)
-heads.FixedETFHead(d, C, direction="canonical", tau=5.)
-heads.NearestETFHead(d, C, delta=1e-3, tau=5., ddn_grad=True, solver="auto", start="canonical")
-heads.StandardHead.forward(self, h, y=None)
-heads.FixedETFHead.forward(self, h, y=None)
-heads.NearestETFHead.forward(self, h, y=None)
-heads.StandardHead.to_linear(self)
-heads.FixedETFHead.to_linear(self)
-heads.NearestETFHead.to_linear(self)
-metrics.nc1(h, y, C)
-metrics.nc2(W)
-metrics.nc3(W, H_bar)
-metrics.nc4(h, y, W, b)
-metrics.equinorm_gap(W, H_bar)
-metrics.cosine_margins(h, y, W)
-metrics.cross_entropy_floor(C, tau)
-metrics.NeuralCollapse(C, d)
-metrics.NeuralCollapse.update(self, h, y)
-metrics.NeuralCollapse.compute(self, W=None, b=None)
-agd.AGD(params, gain=1.)
-agd.AGD.init_weights(self)
-data.StratifiedBatchSampler(y, batch_size)
-callback.NearestETF()
-callback.CollapseRecorder()
+simplex_etf(C, d=None, U=None, alpha=1., dtype=None, device=None)
+standard_etf(C, dtype=None, device=None)
+canonical_direction(d, C)
+haar_direction(d, C, generator=None)
+centred_means(h, y, C)
+RunningMeans(d, C)
+RunningMeans.forward(self, h, y)
+nearest_etf(H, U_prox=None, delta=1e-3, solver="auto")
+rvec(A)
+rvech(A)
+commutation_matrix(m, n)
+elimination_matrix(n)
+lagrange_multipliers(H, U, U_prox, delta)
+sigma(H, U, U_prox, delta)
+ddn_jacobian(H, U, U_prox, delta, via="sigma")
+ddn_vjp(H, U, U_prox, delta, v)
+StandardHead(d, C, tau=5., normalise=True)
+FixedETFHead(d, C, direction="canonical", tau=5.)
+NearestETFHead(d, C, delta=1e-3, tau=5., ddn_grad=True, solver="auto", start="canonical")
+StandardHead.forward(self, h, y=None)
+FixedETFHead.forward(self, h, y=None)
+NearestETFHead.forward(self, h, y=None)
+StandardHead.to_linear(self)
+FixedETFHead.to_linear(self)
+NearestETFHead.to_linear(self)
+nc1(h, y, C)
+nc2(W)
+nc3(W, H_bar)
+nc4(h, y, W, b)
+equinorm_gap(W, H_bar)
+cosine_margins(h, y, W)
+cross_entropy_floor(C, tau)
+NeuralCollapse(C, d)
+NeuralCollapse.update(self, h, y)
+NeuralCollapse.compute(self, W=None, b=None)
+AGD(params, gain=1.)
+AGD.init_weights(self)
+StratifiedBatchSampler(y, batch_size)
+NearestETF()
+CollapseRecorder()
+ntce(z, y)
+nonl(z, y)
+polar(P)
+swap_head(model, head=None, at="", C=None, project=False)
+last_linear(model, at="")
+plain(model)
+to_onnx(model, x, path)
+feed_labels(model)
+measure_collapse(model, loader, at="")
 """.split("\n")[1:-1]
 
 
 @pytest.mark.parametrize("line", PUBLIC, ids=lambda s: s.split("(")[0])
 def test_public_names_and_parameters(line):
-    "What others call keeps its name, and its parameters their names, order and defaults; more may follow, each with a default."
-    module, *names = line.split("(")[0].split(".")
-    obj = importlib.import_module(f"ngc_etf.{module}")
-    for n in names:
+    "Names stay, and parameters' names, order and defaults; more may follow, with defaults."
+    obj = ngc_etf
+    for n in line.split("(")[0].split("."):
         obj = getattr(obj, n)
     want = ast.parse(f"def f({line.split('(', 1)[1]}: pass").body[0].args
     have = list(inspect.signature(obj).parameters.values())
@@ -294,9 +328,29 @@ def test_public_names_and_parameters(line):
 
 
 def test_solvers_are_named():
-    from ngc_etf.nearest import SOLVERS
+    assert {"svd", "trust_region"} <= set(ngc_etf.SOLVERS)
 
-    assert {"svd", "trust_region"} <= set(SOLVERS)
+
+def test_every_public_name_is_found_where_it_is_said_to_be():
+    for name in ngc_etf.__all__:
+        assert getattr(ngc_etf, name) is not None
+    assert set(ngc_etf.__all__) <= set(dir(ngc_etf))
+    with pytest.raises(AttributeError, match="no attribute 'nearest_eft'"):
+        ngc_etf.nearest_eft
+
+
+def test_public_names_are_few_and_these():
+    "A name that comes or goes is a decision: `python .ci/project.py names` shows it, and this list keeps it."
+    found = project.public_names(ROOT)
+    assert {m: len(names) for m, names in found.items() if len(names) > 10} == {}
+    snapshot = (ROOT / "tests" / "public_names.txt").read_text(encoding="utf-8")
+    assert snapshot == "".join(f"{m}: {' '.join(sorted(names))}\n" for m, names in found.items() if names)
+
+
+def test_importing_the_package_loads_nothing():
+    code = "import sys, ngc_etf; dir(ngc_etf); print(*{m.split('.')[0] for m in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "fastai", "pandas"} & set(done.stdout.split())
 
 
 def test_commands_lead_to_functions():
