@@ -99,12 +99,13 @@ def _scales(ax, shown, x, y):
 
 # %% ../nbs/12_figures.ipynb #c017
 #| code-fold: true
-def _png(fig):
-    "The bytes of a figure as a PNG of 64 colours, at the size at which it is shown."
+def _png(fig, scale=1):
+    "The bytes of a figure as a PNG of 64 colours, `scale` times the size at which it is shown."
     import io
     from PIL import Image
     large, small = io.BytesIO(), io.BytesIO()
-    fig.savefig(large, format="png", dpi=_DPI)
+    fig.savefig(large, format="png", dpi=scale*_DPI)
+    fig.set_layout_engine("none")  # the layout is done, and is slow
     Image.open(large).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, "png", optimize=True)
     return small.getvalue()
 
@@ -124,11 +125,11 @@ def show(fig):
 
 def save_figure(
     fig,       # a figure of this chapter; it is closed
-    path,      # without or with a suffix, which is replaced
+    path,      # without suffix
 )->list:       # the two paths
     "A figure as .svg and .png, at the size at which it is shown."
     import matplotlib.pyplot as plt
-    svg, png = (Path(path).with_suffix(suffix) for suffix in (".svg", ".png"))
+    svg, png = (Path(f"{path}{suffix}") for suffix in (".svg", ".png"))
     svg.parent.mkdir(parents=True, exist_ok=True)
     svg.write_text(_svg(fig), encoding="utf-8")
     png.write_bytes(_png(fig))
@@ -137,7 +138,7 @@ def save_figure(
 
 # %% ../nbs/12_figures.ipynb #c020
 #| code-fold: true
-_RELU = ("resnet", "vgg", "digits")  # bodies whose features are never negative
+_RELU = ("resnet", "vgg", "digits", "mlp")  # bodies whose features are never negative
 
 def _counts(exp, C):
     "Class counts of a long-tailed training set as `ngc_etf.long_tail` cuts it; None where balanced."
