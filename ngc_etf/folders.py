@@ -99,7 +99,7 @@ class FolderLoader(BatchLoader):
     ):
         "What the workers are asked for: indices, with a window each where they crop."
         g = torch.Generator().manual_seed(torch.randint(2**62, (), generator=self.generator).item())
-        for idx, whole in self.shares(samps):
+        for idx, whole in self._shares(samps):
             wholes.append(whole)
             at = torch.rand(whole, 2, generator=g)[self.rank::self.world_size].tolist()
             items = range(len(self.y))[idx] if isinstance(idx, slice) else idx
@@ -112,7 +112,7 @@ class FolderLoader(BatchLoader):
         with torch.random.fork_rng(devices=[]): batches = iter(dl)  # it draws a seed for its workers, who have no use for it
         for x, y in batches:
             x, y, self.whole = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True), wholes.popleft()
-            yield self.augmented(x), y
+            yield self._augment(x), y
 
     def new(self, dataset=None, cls=None, **kwargs): return FolderLoader(self.images, self.bs, self.crop, self.workers, augment=self.augment, seed=self.seed, device=self.device)
 

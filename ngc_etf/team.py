@@ -24,7 +24,7 @@ from .procrustes import at_least_float32
 def join_team(
     device:str,  # that was asked for
 )->tuple:        # rank, world_size, and the device of this process
-    "This process among those that torchrun or accelerate launch has started; (0, 1, device) where it is alone."
+    "This process among those that torchrun or accelerate launch has started; (0, 1, device) if it is alone."
     if int(os.environ.get("WORLD_SIZE", 1)) == 1: return 0, 1, device
     gpu = device.startswith("cuda")
     if gpu:
