@@ -5,89 +5,123 @@
 # %% auto #0
 __all__ = ['NearestETF', 'CollapseRecorder']
 
-# %% ../nbs/10_callback.ipynb #c003
+# %% ../nbs/10_callback.ipynb #c005
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from fastai.torch_core import no_random
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
+from fastai.data.transforms import get_c
 from fastai.learner import Learner, Recorder
+from fastai.torch_core import no_random
 from fastcore.basics import patch
+from torch import Tensor, nn
 
 from .heads import Head, NearestETFHead
+from .means import as_labels
 from .streaming import measure_collapse
-from .swap import swap_head
+from .swap import _swap_for_data
 
-# %% ../nbs/10_callback.ipynb #c006
+# %% ../nbs/10_callback.ipynb #c010
 class NearestETF(Callback):
-    "Train with the nearest-ETF head (Eqs. 7-9): swaps the last nn.Linear and hands the labels to the head."
+    "Train with the nearest-ETF head (Eqs. 7-9): exchanges the classifier and hands the labels to the head."
     order, run_valid = MixedPrecision.order + .5, False
+
     def __init__(self,
         head=None,     # a `Head`, or a callable (d, C) -> Head; `NearestETFHead` when None
         verbose=True,  # say which layer was exchanged, and what was unfrozen
         at="",         # name of the layer to exchange, or of the part of the model that ends in it
         project=False, # where d < C, put a trainable projection to C dimensions before the head
-        **kwargs,      # arguments of `NearestETFHead`: delta, tau, ddn_grad, solver, start, alpha, validate, solve_every
+        C=None,        # number of classes; when None the layer's own, which must then be the data's
+        **kwargs,      # arguments of `NearestETFHead`: delta, tau, ddn_grad, solver, start, alpha, ...
     ):
-        if head is not None and kwargs: raise ValueError(f"give either a head or its arguments, got a head and {', '.join(kwargs)}")
-        self.make, self.verbose, self.at, self.project = head or partial(NearestETFHead, **kwargs), verbose, at, project
+        if head is not None and kwargs:
+            raise ValueError(f"give either a head or its arguments, got a head and {', '.join(kwargs)}")
+        self.make, self.verbose = head or partial(NearestETFHead, **kwargs), verbose
+        self.at, self.project, self.C, self._head = at, project, C, None
 
-    def _say(self, said):
-        if self.verbose: print(f"NearestETF: {said}")
+    def after_create(self):
+        self.install()
 
-    def after_create(self): self.install()
     def before_fit(self):
         if isinstance(self.learn.model, nn.DataParallel):
-            raise ValueError("NearestETF cannot run under DataParallel, whose replicas lose the head's state: use learn.distrib_ctx(), one process for each device")
+            raise ValueError("NearestETF cannot run under DataParallel, whose replicas lose the head's "
+                             "state: use learn.distrib_ctx(), one process for each device")
         self.install()
         self._thaw()
 
-    def before_batch(self): self.learn.etf.targets = self._labels()
-    def _clear(self): self.learn.etf.targets = None
+    def before_batch(self):
+        self.learn.etf.targets = self._labels()
+
+    def _clear(self):
+        self.learn.etf.targets = None
+
     after_batch = after_cancel_batch = after_cancel_fit = _clear
 
-# %% ../nbs/10_callback.ipynb #c008
-@patch
-def install(self:NearestETF):
-    "Make sure that the model ends in a head, and that the optimiser, where there is one, belongs to this model."
-    self.learn.model, _, said = swap_head(self.learn.model, self.make, at=self.at, project=self.project)
-    if not said: return
-    self._say(said)
-    old = self.learn.opt
-    if old is None: return
-    hypers, frozen = list(old.hypers), old.frozen_idx
-    self.learn.create_opt()
-    self.learn.opt.set_hypers(**{k: [h[k] for h in hypers] for k in hypers[0]})
-    if frozen: self.learn.opt.freeze_to(frozen)
+    def install(self):
+        "Make sure that the model ends in a head, and that the optimiser, if any, belongs to this model."
+        learn = self.learn
+        learn.model, self._head, message = _swap_for_data(
+            learn.model, self.make, self.at, self.C, self.project, look=partial(_look, learn.dls))
+        if not message: return
+        self._say(message)
+        old = learn.opt
+        if old is None: return
+        hypers, frozen = list(old.hypers), old.frozen_idx
+        learn.create_opt()  # the old one holds the old layer's weights, and no new projection
+        learn.opt.set_hypers(**{k: [h[k] for h in hypers] for k in hypers[0]})
+        if frozen:
+            learn.opt.freeze_to(frozen)
 
-# %% ../nbs/10_callback.ipynb #c010
-@patch
-def _labels(self:NearestETF)->Tensor:
-    "The batch's labels; as class probabilities (N, C) under MixUp or CutMix."
-    y = self.learn.yb[0] if len(self.learn.yb) == 1 else None
-    if y is None: raise ValueError(f"NearestETF needs one target tensor a batch, got {len(self.learn.yb)}")
-    y, mix = y.as_subclass(Tensor), next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler)), None)
-    if mix is None or y.is_floating_point(): return y
-    hot = [F.one_hot(t.as_subclass(Tensor).long(), self.learn.etf.C).float() for t in (y, mix.yb1[0])]
-    lam = torch.as_tensor(mix.lam, device=y.device, dtype=torch.float32).reshape(-1, 1)
-    return torch.lerp(hot[1], hot[0], lam)
+    def _labels(self)->Tensor:
+        "The batch's labels; as class probabilities (N, C) under MixUp or CutMix."
+        learn = self.learn
+        if len(learn.yb) != 1:
+            raise ValueError(f"NearestETF needs one target tensor a batch, got {len(learn.yb)}")
+        y, C = learn.yb[0].as_subclass(Tensor), learn.etf.C
+        y = as_labels(y, len(y), C)
+        mix = next((cb for cb in learn.cbs if isinstance(cb, MixHandler)), None)
+        if mix is None or y.is_floating_point(): return y
+        other = as_labels(mix.yb1[0].as_subclass(Tensor), len(y), C)
+        lam = torch.as_tensor(mix.lam, device=y.device, dtype=torch.float32).reshape(-1, 1)
+        return torch.lerp(F.one_hot(other, C).float(), F.one_hot(y, C).float(), lam)
+
+    def _thaw(self):
+        "Unfreeze the last parameter group that holds anything, where `freeze` has left only empty ones."
+        opt = self.learn.opt
+        if opt is None: return  # a loaded learner predicts without one
+        groups, first = list(opt.param_lists), opt.frozen_idx
+        if first == 0 or first >= len(groups) or any(len(g) for g in groups[first:]): return
+        last = max((i for i, g in enumerate(groups) if len(g)), default=None)
+        if last is None: return
+        opt.freeze_to(last)
+        self._say("the head has no parameters, so freezing left nothing to train; "
+                  f"unfroze group {last} of {len(groups)} (counted from 0)")
+
+    def _say(self, message):
+        if self.verbose:
+            print(f"NearestETF: {message}")
 
 # %% ../nbs/10_callback.ipynb #c012
-@patch
-def _thaw(self:NearestETF):
-    "Unfreeze the last parameter group that holds anything, where `freeze` has left only empty ones."
-    opt = self.learn.opt
-    if opt is None: return  # a loaded learner predicts without one
-    groups, first = list(opt.param_lists), opt.frozen_idx
-    if first == 0 or first >= len(groups) or any(len(g) for g in groups[first:]): return
-    last = max((i for i, g in enumerate(groups) if len(g)), default=None)
-    if last is None: return
-    opt.freeze_to(last)
-    self._say(f"the head has no parameters, so freezing left nothing to train; unfroze group {last} of {len(groups)} (counted from 0)")
+def _look(dls)->tuple:
+    "A batch of inputs and the number of classes, None for what the data does not give; nothing is used up."
+    try:
+        classes = get_c(dls)
+    except Exception:  # loaders of one's own may lack all that is asked for
+        classes = 0
+    dl = dls.train
+    rng = getattr(dl, "rng", None)
+    try:
+        with no_random():
+            batch = dl.one_batch() if hasattr(dl, "one_batch") else next(iter(dl))
+        example = tuple(batch[:getattr(dls, "n_inp", 1)])
+    except Exception:  # the fit will tell what is wrong with the data
+        example = None
+    if rng is not None:
+        dl.rng = rng
+    return example, (classes if isinstance(classes, int) and classes > 1 else None)
 
 # %% ../nbs/10_callback.ipynb #c014
 @patch
@@ -100,42 +134,60 @@ def to_etf(self:Learner, *args, **kwargs)->Learner:
 
 @patch(as_prop=True)
 def etf(self:Learner)->Head:
-    "The model's head of `ngc_etf.heads`."
-    head = next((m for m in self.model.modules() if isinstance(m, Head)), None)
-    if head is None: raise ValueError("the model has no head of ngc_etf: call learn.to_etf(), or add the callback NearestETF() to the Learner")
-    return head
+    "The model's head of `ngc_etf.heads`; where it has several, that of the callback."
+    heads = [m for m in self.model.modules() if isinstance(m, Head)]
+    ours = [cb._head for cb in self.cbs if isinstance(cb, NearestETF)]
+    if len(heads) > 1:
+        heads = [h for h in heads if any(h is o for o in ours)]
+    if not heads:
+        raise ValueError("the model has no head of ngc_etf: call learn.to_etf(), or add NearestETF() to the "
+                         "callbacks")
+    return heads[0]
 
 # %% ../nbs/10_callback.ipynb #c040
 class CollapseRecorder(Callback):
     "Collapse metrics each `every` epochs and exactly at the epochs in `at`, as one row each in `rows`."
-    order = Recorder.order+1
+    order = Recorder.order + 1
+
     def __init__(self,
-        every:int=5,     # epochs between measurements; 0 for those in `at` alone
-        at=(50, 200),    # further epochs, counted from 1
-        clean=None,      # a loader of the training set without augmentation, measured as well
-        add=None,        # called with (epoch, **row); the rows of an experiment, for instance. They are kept in `rows` too
-        store:int=2**30, # as in `measure_collapse`
-        begun:int=0,     # epochs done before this fit, where it continues a run
+        every:int=5,       # epochs between measurements; 0 for those in `at` alone
+        at=(50, 200),      # further epochs, counted from 1
+        clean=None,        # a loader of the training set without augmentation, measured as well
+        add=None,          # called with (epoch, **row); the rows of an experiment, for instance
+        store:int=2**30,   # as in `measure_collapse`
+        begun:int=0,       # epochs done before this fit, where it continues a run
+        classifier:str="", # name of the classifier; our head when "", else the last linear layer
     ):
         if every < 0: raise ValueError(f"every must be 0 or a number of epochs, got every={every}")
         if any(e < 1 for e in at): raise ValueError(f"at must hold epochs counted from 1, got at={tuple(at)}")
-        self.every, self.at, self.clean, self.add, self.store, self.begun, self.rows = every, set(at), clean, add, store, begun, []
+        self.every, self.at, self.clean, self.add, self.store = every, set(at), clean, add, store
+        self.begun, self.classifier, self.rows = begun, classifier, []
 
     def after_epoch(self):
         epoch = self.begun + self.epoch + 1
-        if not (epoch in self.at or (self.every and epoch % self.every == 0)): return
+        if epoch not in self.at and not (self.every and epoch % self.every == 0): return
         row = self.measure()
         self.rows.append({"epoch": epoch} | row)
-        if self.add is not None: self.add(epoch, **row)
+        if self.add is not None:
+            self.add(epoch, **row)
 
     def measure(self)->dict:
-        "The row: plain names for the training set, `test_` and `clean_` before the others'; loss and top1 always have a prefix."
-        row, dls = {}, self.learn.dls
+        "Plain names for the training set, `test_` and `clean_` for the others; loss and top1 with `train_`."
+        row = {}
         for part in ("train", "test", "clean"):
             with no_random():
-                dl = {"train": dls.train, "test": dls.valid, "clean": self.clean}[part]
-                if part == "train" and hasattr(dl, "new"): dl = dl.new(shuffle=False, drop_last=False)  # every sample, augmented, once
+                dl = self._loader(part)
                 if dl is None: continue
-                values = measure_collapse(self.learn.model, self.learn.etf, dl, self.store)
-            row |= {k if part == "train" and k not in ("loss", "top1") else f"{part}_{k}": v for k, v in values.items()}
+                values = measure_collapse(self.learn.model, dl, at=self.classifier, store=self.store)
+            plain = part == "train"
+            row |= {k if plain and k not in ("loss", "top1") else f"{part}_{k}": v for k, v in values.items()}
         return row
+
+    def _loader(self, part):
+        "The loader of a part of the data; None where there is none, or nothing in it."
+        loaders = self.learn.dls.loaders
+        held = dict(zip(("train", "test"), loaders)) | {"clean": self.clean}
+        dl = held.get(part)
+        if part == "train" and hasattr(dl, "new"):
+            dl = dl.new(shuffle=False, drop_last=False)  # every sample, augmented, once
+        return None if dl is None or (hasattr(dl, "__len__") and len(dl) == 0) else dl

@@ -7,17 +7,27 @@ __all__ = ['nc1', 'nc2', 'nc3', 'nc4', 'equinorm_gap', 'cosine_margins', 'cdnv',
 
 # %% ../nbs/06_metrics.ipynb #c003
 import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .lapack import eigh, svd
+from .means import _centre, _label_faults, as_labels
 from .simplex import check_classes, standard_etf
 
-# %% ../nbs/06_metrics.ipynb #c006
+# %% ../nbs/06_metrics.ipynb #c007
+def _has_float64(device)->bool:
+    "Does the device compute in float64? Apple's GPUs do not."
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
 def _f64(t:Tensor)->Tensor:
-    "Detached, in float64: on its own device, or on the CPU where a device has no float64 (mps)."
-    return t.detach().to("cpu" if t.device.type == "mps" else t.device).to(torch.float64)
+    "Detached, in float64: on its own device where that has float64, else on the CPU."
+    return t.detach().to(t.device if _has_float64(t.device) else "cpu").to(torch.float64)
 
 def _matrix(
     t:Tensor, # any tensor
@@ -32,39 +42,35 @@ def _matrix(
     if bad: raise ValueError(f"{name} must be finite, got {bad} entries that are not")
     return _f64(t)
 
-# %% ../nbs/06_metrics.ipynb #c007
+# %% ../nbs/06_metrics.ipynb #c009
 def _batch(
     h:Tensor,    # (N, d) features
-    y:Tensor,    # (N,) labels
+    y:Tensor,    # (N,) or (N, 1) labels
     C:int,       # number of classes
     d:int=None,  # feature dimension; any when None
-)->tuple:        # h in float64, y in int64
+)->tuple:        # h (N, d) in float64, y (N,) in int64
     "Features and labels, or a `ValueError` that names what is wrong with them."
     check_classes(C)
     h = _matrix(h, "h", None, d)
     if len(h) == 0: raise ValueError("h must hold at least one sample, got N=0")
-    if tuple(y.shape) != (len(h),): raise ValueError(f"y must have shape ({len(h)},), one label a row of h, got {tuple(y.shape)}")
-    if y.is_floating_point() or y.dtype == torch.bool: raise ValueError(f"y must hold integers, got {y.dtype}")
-    if not (0 <= y.min() and y.max() < C): raise ValueError(f"y must lie in 0..{C-1}, got {y.min().item()} to {y.max().item()}")
-    return h, y.to(h.device, torch.int64)
+    y = as_labels(y, len(h), C)
+    if y.ndim == 2: raise ValueError("y must name one class a sample, got soft labels: pass y.argmax(1)")
+    for ok, message in _label_faults(y, C):
+        if not ok: raise ValueError(message)
+    return h, y.to(h.device)
 
-# %% ../nbs/06_metrics.ipynb #c011
+# %% ../nbs/06_metrics.ipynb #c013
 def _class_means(h, y, C):
-    "Class means (C, d), 0 where absent, and counts (C,). Taken about the global mean, so that a large offset costs no digits."
-    n, ref = torch.bincount(y, minlength=C).to(h.dtype), h.mean(0)
-    means = ref + h.new_zeros(C, h.shape[1]).index_add(0, y, h - ref) / n.clamp(min=1)[:, None]
+    "Class means (C, d), 0 where a class is absent, and counts (C,)."
+    n = torch.bincount(y, minlength=C).to(h.dtype)
+    ref = h.mean(0)
+    sums = h.new_zeros(C, h.shape[1]).index_add(0, y, h - ref)
+    means = ref + sums / n.clamp(min=1)[:, None]
     return means * (n > 0)[:, None], n
 
-def _centre(means, n):
-    "Eqs. 4 and 5 from class means and counts: H_bar (d, C), zero columns where a class is absent, and h_G (d,)."
-    present, ref = (n > 0)[:, None], means[n > 0].mean(0)
-    offset = (means - ref) * present
-    shift = (n @ offset) / n.sum()
-    return ((offset - shift) * present).mT, ref + shift
-
-# %% ../nbs/06_metrics.ipynb #c014
+# %% ../nbs/06_metrics.ipynb #c016
 def _dual(H_bar, size, eps, rtol=None):
-    "T (d, r) with TT' = (H̄H̄')†, through the C x C matrix H̄'H̄; None when the means coincide to rounding (`size`: mean |h|²)."
+    "T (d, r) with TT' = (H̄H̄')†; None where the means coincide to rounding (`size`: mean |h|²)."
     lam, V = eigh(H_bar.mT @ H_bar)
     if lam[-1] <= (8 * eps)**2 * size: return None
     rtol = max(H_bar.shape) * torch.finfo(torch.float64).eps if rtol is None else rtol
@@ -78,16 +84,18 @@ def nc1(
     h:Tensor,        # (N, d) features as the head sees them
     y:Tensor,        # (N,) labels
     C:int,           # number of classes
-    rtol:float=None, # eigenvalues of Σ_B up to rtol * the largest count as zero; max(d, C) * 2.2e-16 when None
+    rtol:float=None, # eigenvalues of Σ_B up to rtol * the largest count as 0; max(d, C) * 2.2e-16 when None
 )->Tensor:           # scalar in [0, inf]; 0 at collapse
-    "Eq. 11, tr(Σ_W Σ_B†)/C, without a d x d matrix. Inf where the class means coincide, nan where nothing varies."
+    "Eq. 11, tr(Σ_W Σ_B†)/C, without a d x d matrix; inf where class means coincide, nan if nothing varies."
     h, y = _batch(h, y, C)
     means, n = _class_means(h, y, C)
-    r, size, eps = h - means[y], h.square().sum(1).mean(), torch.finfo(h.dtype).eps
+    r = h - means[y]
+    size, eps = h.square().sum(1).mean(), torch.finfo(h.dtype).eps
     T = _dual(_centre(means, n)[0], size, eps, rtol)
-    return _no_means(r.square().sum(1).mean(), size, eps) if T is None else (r @ T).square().sum(1).mean()
+    if T is None: return _no_means(r.square().sum(1).mean(), size, eps)
+    return (r @ T).square().sum(1).mean()
 
-# %% ../nbs/06_metrics.ipynb #c019
+# %% ../nbs/06_metrics.ipynb #c024
 def _from_etf(A):
     "Frobenius distance between A (C, C), scaled to unit norm, and the standard simplex ETF; nan for A = 0."
     return (A / A.norm() - standard_etf(len(A), A.dtype, A.device)).norm()
@@ -109,7 +117,7 @@ def nc3(
     check_classes(len(W))
     return _from_etf(W @ _matrix(H_bar, "H_bar", W.shape[1], W.shape[0]))
 
-# %% ../nbs/06_metrics.ipynb #c024
+# %% ../nbs/06_metrics.ipynb #c029
 def nc4(
     h:Tensor,          # (N, d) features
     y:Tensor,          # (N,) labels, for the class means
@@ -123,17 +131,18 @@ def nc4(
     W = _matrix(W, "W", C, h.shape[1])
     b = W.new_zeros(C) if b is None else _matrix(b, "b", C)
     own, n = _class_means(h, y, C)
-    if means is not None: own, n = _matrix(means, "means", C, h.shape[1]), torch.ones_like(n)
+    if means is not None:
+        own, n = _matrix(means, "means", C, h.shape[1]), torch.ones_like(n)
     return _disagree(h, own, n > 0, W, b).to(h.dtype).mean()
 
 def _disagree(h, means, present, W, b):
-    "Per sample: is the class of the largest logit another than that of the nearest mean? Distances are taken from the middle of the means."
-    mid = means[present].mean(0)
+    "Per sample: is the class of the largest logit another than that of the nearest mean?"
+    mid = means[present].mean(0)  # distances are taken from here, so that an offset costs no digits
     m = means - mid
     far = (m.square().sum(1) - 2 * (h - mid) @ m.mT).masked_fill(~present, math.inf)
     return (h @ W.mT + b).argmax(1) != far.argmin(1)
 
-# %% ../nbs/06_metrics.ipynb #c027
+# %% ../nbs/06_metrics.ipynb #c033
 def equinorm_gap(
     W:Tensor,         # (C, d) classifier rows
     H_bar:Tensor,     # (d, C) centred class means; zero columns (absent classes) are left out
@@ -141,14 +150,15 @@ def equinorm_gap(
 )->Tensor:            # scalar, at least 0; 0 at collapse
     "Eq. 15: difference between the coefficients of variation of the rows' and the means' norms."
     W = _matrix(W, "W", None, None)
-    rows, cols = W.norm(dim=1), _matrix(H_bar, "H_bar", W.shape[1], W.shape[0]).norm(dim=0)
+    rows = W.norm(dim=1)
+    cols = _matrix(H_bar, "H_bar", W.shape[1], W.shape[0]).norm(dim=0)
     return (_variation(rows, correction) - _variation(cols[cols > 0], correction)).abs()
 
 def _variation(x, correction):
     "Standard deviation over mean; nan for too few numbers."
     return x.std(correction=correction) / x.mean() if len(x) > correction else x.new_tensor(math.nan)
 
-# %% ../nbs/06_metrics.ipynb #c030
+# %% ../nbs/06_metrics.ipynb #c036
 def cosine_margins(
     h:Tensor,        # (N, d) features
     y:Tensor,        # (N,) labels
@@ -169,7 +179,7 @@ def _margins(h, y, W):
     own = cos.gather(1, y[:, None])
     return (own - cos.scatter(1, y[:, None], -math.inf).amax(1, keepdim=True))[:, 0]
 
-# %% ../nbs/06_metrics.ipynb #c033
+# %% ../nbs/06_metrics.ipynb #c039
 def cdnv(
     h:Tensor, # (N, d) features
     y:Tensor, # (N,) labels
@@ -187,6 +197,7 @@ def _cdnv(means, spread, n):
     far = torch.cdist(m, m, compute_mode="donot_use_mm_for_euclid_dist").square()
     return ((v[i] + v[j]) / (2 * far[i, j])).mean()
 
+# %% ../nbs/06_metrics.ipynb #c040
 def pair_cosines(
     A:Tensor, # (d, C) columns: H_bar, or W.T; zero columns are left out
 )->tuple:     # mean and population standard deviation over the pairs: -1/(C-1) and 0 at collapse
@@ -194,7 +205,8 @@ def pair_cosines(
     A = _matrix(A, "A", None, None)
     A = A[:, A.norm(dim=0) > 0]
     i, j = torch.triu_indices(A.shape[1], A.shape[1], 1, device=A.device)
-    cos = ((A / A.norm(dim=0)).mT @ (A / A.norm(dim=0)))[i, j]
+    A = A / A.norm(dim=0)
+    cos = (A.mT @ A)[i, j]
     return cos.mean(), (cos - cos.mean()).square().mean().sqrt()
 
 def numerical_rank(

@@ -6,82 +6,63 @@
 __all__ = ['SOLVERS', 'nearest_etf']
 
 # %% ../nbs/03b_nearest.ipynb #c003
-from collections import deque
-from math import isfinite
-
 import torch
 from torch import Tensor
 
-from .lapack import warn_once
-from .procrustes import _AUTO, _SOLVE, _Polar, _complete, _deferred, _solve, at_least_float32
+from .procrustes import _SOLVE, _check_finite, _polar, at_least_float32
 from .proximal import procrustes_target, trust_region
 from .simplex import canonical_direction, check_classes
 
 # %% ../nbs/03b_nearest.ipynb #c007
-class _Flags:
-    "Verdicts (bad input, bad result) computed on a device, and read when they have arrived."
-    def __init__(self): self.queue = deque()
-
-    def put(self, P, U):
-        worst = (U.mT @ U - torch.eye(U.shape[1], dtype=U.dtype, device=U.device)).abs().max()
-        bad = torch.stack([~P.isfinite().all(), ~(worst < 1e-3)]).to("cpu", non_blocking=True)
-        event = torch.cuda.Event() if P.is_cuda else None
-        if event: event.record()
-        self.queue.append((bad, event))
-
-    def read(self):
-        while self.queue and (self.queue[0][1] is None or self.queue[0][1].query()):
-            bad_input, bad_result = self.queue.popleft()[0].tolist()
-            if bad_input: raise ValueError("H (or U_prox) had non-finite entries at an earlier call; every entry must be finite")
-            if bad_result:
-                _AUTO["cuda"] = "gram"
-                warn_once("flag", "newton_schulz had not converged at an earlier call (condition number beyond 1e6): auto is 'gram' from now on")
-
-_flags = _Flags()
-
-# %% ../nbs/03b_nearest.ipynb #c008
 SOLVERS = ("auto", *_SOLVE, "trust_region")
 
-# %% ../nbs/03b_nearest.ipynb #c009
+def _check_like(name, X, H):
+    "A `ValueError` unless X is a real tensor of H's shape, on H's device."
+    if X is None: return
+    if not X.is_floating_point(): raise ValueError(f"{name} must be floating-point, got {X.dtype}")
+    if X.shape != H.shape:
+        raise ValueError(f"{name} must have H's shape {tuple(H.shape)}, got {tuple(X.shape)}")
+    if X.device != H.device: raise ValueError(f"{name} must be on H's device {H.device}, got {X.device}")
+
 def _check(H, U_prox, delta, solver, start):
     "What the host can know without asking the device."
     if H.ndim != 2: raise ValueError(f"H must be (d, C), got shape {tuple(H.shape)}")
     check_classes(H.shape[1], H.shape[0])
-    for name, X in dict(H=H, U_prox=U_prox, start=start).items():
-        if X is None: continue
-        if not X.is_floating_point(): raise ValueError(f"{name} must be floating-point, got {X.dtype}")
-        if X.shape != H.shape: raise ValueError(f"{name} must have H's shape {tuple(H.shape)}, got {tuple(X.shape)}")
-        if X.device != H.device: raise ValueError(f"{name} must be on H's device {H.device}, got {X.device}")
+    for name, X in (("H", H), ("U_prox", U_prox), ("start", start)):
+        _check_like(name, X, H)
     if not 0 < delta < float("inf"): raise ValueError(f"delta must be positive and finite, got delta={delta}")
     if solver not in SOLVERS: raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
 
-def _check_finite(P, H, U_prox, start):
-    if isfinite(P.sum()) and (start is None or isfinite(start.sum())): return  # one pass in the usual case
-    for name, X in dict(H=H, U_prox=U_prox, start=start).items():
-        if X is not None and not X.isfinite().all():
-            raise ValueError(f"{name} has {(~X.isfinite()).sum()} non-finite entries of {X.numel()}; every entry must be finite")
+# %% ../nbs/03b_nearest.ipynb #c009
+def _solution(P, solver, start, validate, given):
+    "The operator's U; when it finds a number that is not finite, the error names the argument that holds it."
+    try:
+        return _polar(P, solver, start, validate)[0]
+    except ValueError:
+        if not torch._C._are_functorch_transforms_active():
+            _check_finite(**given)
+        raise
 
-# %% ../nbs/03b_nearest.ipynb #c011
+# %% ../nbs/03b_nearest.ipynb #c010
 def nearest_etf(
     H:Tensor,           # (d, C) normalised centred class means H̃, used as given
     U_prox:Tensor=None, # (d, C) proximal direction of Eq. 7; None solves Eq. 6
     delta:float=1e-3,   # proximal coefficient, positive; unused without U_prox
     solver:str="auto",  # one of `SOLVERS`
     start:Tensor=None,  # (d, C) for Eq. 6: of its minimisers the one nearest to this; canonical when None
-    validate:bool=True, # check that all entries are finite (on a GPU: at a later call)
+    validate:bool=True, # on a GPU: check that all entries are finite, at a later call; a CPU always does
 )->Tensor:              # U (d, C), orthonormal columns, differentiable in H; at least float32
-    "The direction U of the simplex ETF nearest to H: problem (7), or (6) when U_prox is None. Raises `ValueError` on bad input."
+    "The direction U of the ETF nearest to H: problem (7), or (6) without U_prox. `ValueError` on bad input."
     _check(H, U_prox, delta, solver, start)
-    wait = not _deferred(H)
-    if validate and not wait: _flags.read()
     H = at_least_float32(H if U_prox is None else H.to(torch.promote_types(H.dtype, U_prox.dtype)))
-    if U_prox is not None: U_prox = U_prox.to(H.dtype)
-    if U_prox is None and start is None: start = canonical_direction(*H.shape, dtype=H.dtype, device=H.device)
-    if solver == "trust_region": solve = lambda P: (trust_region(H, U_prox, delta, start), None, None)
-    elif U_prox is None: solve = lambda P: _complete(P, start)
-    else: solve = lambda P: _solve(P, solver)
-    P = procrustes_target(H, U_prox, delta)
-    if validate and wait: _check_finite(P.detach(), H, U_prox, start)
-    U = _Polar.apply(P, solve)
-    if validate and not wait: _flags.put(P.detach(), U.detach())
-    return U
+    P = procrustes_target(H, None if U_prox is None else U_prox.to(H.dtype), delta)
+    given = dict(H=H, U_prox=U_prox, start=start)
+    if U_prox is None and start is None:
+        start = canonical_direction(*H.shape, dtype=H.dtype, device=H.device)
+    if solver == "trust_region":
+        solver, start = "given", trust_region(H, U_prox, delta, start)
+    elif U_prox is None:
+        solver = "complete"
+    else:
+        start = None
+    return _solution(P, solver, start, validate, given)

@@ -27,15 +27,20 @@ def smoothing(
 class Stateful(nn.Module):
     "A module whose state stays float32 or better under `.half()`, and is loaded whole or not at all."
     def _apply(self, fn, recurse=True):
-        def whole(t):
+        def move(t):
             new = fn(t)
             return t.to(new.device) if new.is_floating_point() and new.dtype.itemsize < 4 else new
-        return super()._apply(whole, recurse)
+        return super()._apply(move, recurse)
 
     def _load_from_state_dict(self, state, prefix, *args):
-        mine = self.state_dict(prefix=prefix, keep_vars=True)
-        wrong = [f"{k} is {tuple(state[k].shape)} there and {tuple(v.shape)} here" for k, v in mine.items() if k in state and state[k].shape != v.shape]
-        if wrong: raise ValueError(f"the state is of another shape, nothing of it was loaded into {type(self).__name__}: {'; '.join(wrong)}")
+        wrong = [
+            f"{k} is {tuple(state[k].shape)} there and {tuple(v.shape)} here"
+            for k, v in self.state_dict(prefix=prefix, keep_vars=True).items()
+            if k in state and state[k].shape != v.shape
+        ]
+        if wrong:
+            raise ValueError("the state is of another shape, nothing of it was loaded into "
+                             f"{type(self).__name__}: {'; '.join(wrong)}")
         super()._load_from_state_dict(state, prefix, *args)
 
 # %% ../nbs/02a_running.ipynb #c013
@@ -54,22 +59,24 @@ class RunningGlobalMean(Stateful):
 
     @torch.no_grad()
     def update(self, h_G:Tensor, used:Tensor):
-        "One step of the running mean, in place; none where `used` is 0."
+        "One step of the running mean, in place; none where `used`, a whole number, is 0."
         self.t.add_(used)
         share = (1 / self.t.clamp(min=1)).clamp(min=self.momentum) * used
         self.h_G.lerp_(h_G.to(self.h_G.dtype), share.to(self.h_G.dtype))
 
     def forward(self, h:Tensor)->Tensor: # (N, d) -> (d,)
         total, n = _all_sum(h.sum(0), h.new_full((), h.shape[0]))
-        h_G, used = total / n, (n > 0).to(torch.int64)
-        if self.training and self.check is not None:
+        h_G, used = total / n, torch.ones_like(self.t)
+        if not self.training: return h_G
+        if self.check is not None:
             self.check.raise_late()
             finite = self.check(h_G.detach().sum().isfinite(), _NON_FINITE)
-            if finite is not None: h_G, used = torch.where(finite, h_G, 0.), used * finite
-        if self.training: self.update(h_G.detach(), used)
+            if finite is not None:
+                h_G, used = torch.where(finite, h_G, 0.), used * finite
+        self.update(h_G.detach(), used)
         return h_G
 
-# %% ../nbs/02a_running.ipynb #c015
+# %% ../nbs/02a_running.ipynb #c016
 def _unit(
     H_bar:Tensor, # (d, C) centred class means
     h_G:Tensor,   # (d,) the global mean they were centred by
@@ -79,7 +86,7 @@ def _unit(
     rounding = (10*info.eps * h_G.detach().norm()).clamp(min=info.tiny)
     return H_bar * ((norm > rounding) / norm.clamp(min=rounding))
 
-# %% ../nbs/02a_running.ipynb #c017
+# %% ../nbs/02a_running.ipynb #c019
 class RunningMeans(Stateful):
     "Eq. 9: the moving average of the centred class means; all state in buffers, updated in place."
     def __init__(self,
@@ -93,45 +100,43 @@ class RunningMeans(Stateful):
             raise ValueError(f"alpha must be 'paper', 'cumulative' or a constant in (0, 1], got {alpha!r}")
         self.d, self.C, self.alpha = d, C, alpha
         self.check = ValueCheck() if validate else None
-        self.global_mean = RunningGlobalMean(d, validate=False)  # its features are checked here
+        self.global_mean = RunningGlobalMean(d, validate=False)  # the features are checked here
         self.register_buffer("t", torch.zeros((), dtype=torch.int64))
         self.register_buffer("H_bar", torch.zeros(d, C))
         self.register_buffer("seen", torch.zeros(C))
 
-    def steps(self)->int:
-        "Steps so far, as a number: waits for a GPU."
-        return self.t.item()
+    def forward(self,
+        h:Tensor, # (N, d) features
+        y:Tensor, # (N,) labels, or (N, C) class shares
+    )->tuple:     # H (d, C) of unit Frobenius norm, h_G (d,) the batch's global mean; both carry gradient
+        "One step in training; in evaluation the stored means, and nothing changes."
+        if not self.training: return _unit(self.H_bar, self.global_mean.h_G), self.global_mean.h_G
+        sums, counts = self._sums(h, check_batch(h, y, self.C, self.d))
+        batch, h_G = _centre(_class_means(sums, counts), counts)
+        share = torch.where(self.seen > 0, smoothing(self.t + 1, self.alpha), 1.) * (counts > 0)
+        H_bar = torch.lerp(self.H_bar.to(h.dtype, copy=True), batch, share.to(h.dtype))
+        self._store(H_bar, counts, h_G)
+        return _unit(H_bar, h_G), h_G
 
-    def batch_sums(self, h, y):
-        "Sums (C, d) and counts (C,) of a batch, refused where a value is wrong; zero where that is told late."
+    def _sums(self, h, y):
         if self.check is None: return class_sums(h, y, self.C)
         self.check.raise_late()
         return _checked_sums(h, y, self.C, self.check)
 
-    def forward(self,
-        h:Tensor, # (N, d) features
-        y:Tensor, # (N,) labels, or (N, C) class probabilities
-    )->tuple:     # H (d, C) of unit Frobenius norm, h_G (d,) the batch's global mean; both carry gradient
-        "One step in training; in evaluation the stored means, and nothing changes."
-        if not self.training: return _unit(self.H_bar, self.global_mean.h_G), self.global_mean.h_G
-        y = check_batch(h, y, self.C, self.d)
-        sums, counts = self.batch_sums(h, y)
-        batch, h_G = _centre(_class_means(sums, counts), counts)
-        share = torch.where(self.seen > 0, smoothing(self.t + 1, self.alpha), 1.) * (counts > 0)
-        H_bar = torch.lerp(self.H_bar.to(h.dtype, copy=True), batch, share.to(h.dtype))
-        self.store(H_bar.detach(), counts, h_G.detach())
-        return _unit(H_bar, h_G), h_G
-
     @torch.no_grad()
-    def store(self, H_bar, counts, h_G):
-        "The new state, in place. A batch without samples is no step."
+    def _store(self, H_bar, counts, h_G):
         used = (counts.sum() > 0).to(torch.int64)
         self.t.add_(used)
         self.H_bar.copy_(H_bar)
         self.seen.add_(counts)
         self.global_mean.update(h_G, used)
 
+    def steps(self)->int:
+        "Steps so far, as a number: waits for a GPU."
+        return self.t.item()
+
     def train(self, mode:bool=True):
         "As in `nn.Module`; an error that is still on its way from a GPU is waited for."
-        if mode != self.training and self.check is not None: self.check.raise_late(wait=True)
+        if mode != self.training and self.check is not None:
+            self.check.raise_late(wait=True)
         return super().train(mode)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['check_classes', 'centring', 'standard_etf', 'simplex_etf', 'canonical_direction', 'haar_direction']
 
-# %% ../nbs/01_simplex.ipynb #c002
+# %% ../nbs/01_simplex.ipynb #c003
 import torch
 from torch import Tensor
 
 from .lapack import qr
 
-# %% ../nbs/01_simplex.ipynb #c005
+# %% ../nbs/01_simplex.ipynb #c006
 def check_classes(
     C:int,       # number of classes
     d:int=None,  # feature dimension, where there is one
@@ -20,18 +20,19 @@ def check_classes(
     if C < 2: raise ValueError(f"a simplex ETF needs at least 2 classes, got C={C}")
     if d is not None and d < C:
         raise ValueError(f"a direction U with orthonormal columns needs d >= C, got d={d} and C={C}: "
-                         f"project the features to at least {C} dimensions first, e.g. with nn.Linear({d}, {C})")
+                         f"project the features to at least {C} dimensions first, "
+                         f"e.g. with nn.Linear({d}, {C})")
 
 def centring(
     C:int,       # number of classes, at least 2
     dtype=None,  # as in `torch.eye`
     device=None, # as in `torch.eye`
 )->Tensor:       # Π (C, C)
-    "The projector $\\Pi = I - 11^\\top/C$ that removes the mean over classes."
+    "The projector Π = I - 11'/C that removes the mean over classes."
     check_classes(C)
     return torch.eye(C, dtype=dtype, device=device) - 1/C
 
-# %% ../nbs/01_simplex.ipynb #c008
+# %% ../nbs/01_simplex.ipynb #c009
 def standard_etf(
     C:int,       # number of classes, at least 2
     dtype=None,  # as in `torch.eye`
@@ -40,7 +41,7 @@ def standard_etf(
     "The standard simplex ETF of §3.1."
     return centring(C, dtype, device) / (C-1)**0.5
 
-# %% ../nbs/01_simplex.ipynb #c011
+# %% ../nbs/01_simplex.ipynb #c013
 def simplex_etf(
     C:int,           # number of classes, at least 2
     d:int=None,      # dimension the columns live in, at least C; C when None
@@ -49,16 +50,18 @@ def simplex_etf(
     dtype=None,      # as in `torch.eye`; U's own when U is given
     device=None,     # as in `torch.eye`; U's own when U is given
 )->Tensor:           # M (d, C)
-    "The simplex ETF $M = \\alpha\\sqrt{C/(C-1)}\\,U\\,\\Pi$ of Eq. 1; differentiable in U."
-    if alpha <= 0: raise ValueError(f"alpha is the norm of each column and must be positive, got alpha={alpha}")
-    if U is None: U = canonical_direction(C if d is None else d, C, dtype=dtype, device=device)
+    "The simplex ETF M = alpha sqrt(C/(C-1)) U Π of Eq. 1; differentiable in U."
+    if not alpha > 0:
+        raise ValueError(f"alpha is the norm of each column and must be positive, got alpha={alpha}")
+    if U is None:
+        U = canonical_direction(C if d is None else d, C, dtype=dtype, device=device)
     if U.ndim != 2 or U.shape[1] != C or (d is not None and U.shape[0] != d):
         raise ValueError(f"U must have shape ({'d' if d is None else d}, {C}), got {tuple(U.shape)}")
     check_classes(C, U.shape[0])
     U = U.to(dtype=dtype, device=device)
     return alpha * (C/(C-1))**0.5 * (U - U.mean(1, keepdim=True))
 
-# %% ../nbs/01_simplex.ipynb #c013
+# %% ../nbs/01_simplex.ipynb #c015
 def canonical_direction(
     d:int,       # feature dimension, at least C
     C:int,       # number of classes, at least 2

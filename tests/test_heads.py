@@ -1,11 +1,20 @@
 "The heads in the loops people really use: resume, copies, averaging, half precision, export, bad input."
 
-import copy, io, pickle
-import pytest, torch
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.utils.checkpoint import checkpoint
 
+import ngc_etf.procrustes as procrustes
 from ngc_etf.heads import FixedETFHead, NearestETFHead, StandardHead
 
 N, D, C = 24, 16, 6
@@ -142,7 +151,7 @@ def test_weight_averaging(kw):
     averaged.eval()
     assert off_etf(head.weight) < 1e-5 and head.is_etf()
     assert torch.allclose(head.bias, -head.weight @ head.means.global_mean.h_G, atol=1e-5)
-    assert not kw["use_buffers"] == torch.equal(state["weight"], head.weight)
+    assert not kw["use_buffers"] == torch.equal(state["W"], head.weight)
     once = head.weight.clone()
     averaged.train()
     averaged.eval()
@@ -266,7 +275,7 @@ def test_a_state_of_another_shape_is_refused_whole(Head, shape):
     net, other = Net(Head(D, C)).head, Head(*shape)
     state = copy.deepcopy(net.state_dict())
     for strict in (True, False):
-        with pytest.raises(ValueError, match="weight is .* there and .* here"):
+        with pytest.raises(ValueError, match="W is .* there and .* here"):
             net.load_state_dict(other.state_dict(), strict=strict)
     for k, v in net.state_dict().items():
         assert torch.equal(v, state[k]), k
@@ -286,7 +295,7 @@ def test_two_forwards_before_the_backwards(solve_every):
             if not together:
                 losses[-1].backward()
         if together:
-            [l.backward() for l in losses]
+            sum(losses).backward()
         grads.append([h.grad for h in hs])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
@@ -316,9 +325,11 @@ class NothingIsRead(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("ddn_grad", [True, False])
 def test_no_host_synchronisation_in_the_step(solve_every, ddn_grad, monkeypatch):
     "A GPU's path through the step, taken on the CPU: its solver and adjoint, its checks left out."
-    import ngc_etf.nearest as nearest
-
-    monkeypatch.setattr(nearest, "_deferred", lambda P: True)
+    monkeypatch.setattr(procrustes, "_deferred", lambda P: True)
+    monkeypatch.setattr(procrustes, "_spectrum", lambda P, U: ((U.mT @ P + P.mT @ U) / 2, None))
+    monkeypatch.setattr(
+        procrustes, "polar_vjp", lambda U, S, V, v: procrustes._polar_vjp_products(U, S, v)
+    )
     head = NearestETFHead(
         D, C, ddn_grad=ddn_grad, solve_every=solve_every, solver="newton_schulz", validate=False
     )
@@ -332,3 +343,368 @@ def test_no_host_synchronisation_in_the_step(solve_every, ddn_grad, monkeypatch)
     head.load_state_dict(head.state_dict())
     with pytest.raises(AssertionError, match="the host waits"), NothingIsRead():
         head(h, y)  # and it does see a reading
+
+
+def call_checkpointed(reentrant):
+    def call(net, *args):
+        return checkpoint(net, *args, use_reentrant=reentrant)
+
+    return call
+
+
+def call_plainly(net, *args):
+    return net(*args)
+
+
+CHECKPOINTS = [call_checkpointed(False), call_checkpointed(True)]
+
+
+def train_in_parts(make, call, parts, order, targets=False, steps=4):
+    "Gradients at each of four optimiser steps over `parts` micro-batches, and the state at the end."
+    torch.manual_seed(0)
+    net = make()
+    opt, g, grads = torch.optim.SGD(net.parameters(), 0.1), torch.Generator().manual_seed(1), []
+    for step in range(steps):
+        opt.zero_grad()
+        torch.manual_seed(step)  # the dropout's
+        losses = []
+        for _ in range(parts):
+            x = torch.randn(N, 8, generator=g, requires_grad=True)
+            y = torch.randperm(N, generator=g) % (C - 1 if step < 2 else C)
+            net.head.targets = y if targets else None
+            z = call(net, x) if targets else call(net, x, y)
+            net.head.targets = None
+            losses.append(F.cross_entropy(z, y))
+            if order == "each":
+                losses.pop().backward()
+        if order == "sum":
+            sum(losses).backward()
+        for loss in losses if order == "in turn" else []:
+            loss.backward()
+        grads.append([p.grad.clone() for p in net.parameters()])
+        opt.step()
+    return grads, net.state_dict()
+
+
+class Dropping(Net):
+    "Without BatchNorm, whose own statistics a checkpoint counts twice; with dropout."
+
+    def __init__(self, head):
+        super().__init__(head)
+        self.body = nn.Sequential(nn.Linear(8, D), nn.ReLU(), nn.Dropout(0.3))
+
+
+@pytest.mark.parametrize("call", CHECKPOINTS, ids=["not reentrant", "reentrant"])
+@pytest.mark.parametrize("parts, order", [(1, "each"), (3, "each"), (3, "sum"), (3, "in turn")])
+@pytest.mark.parametrize(
+    "Head, kw",
+    [
+        (StandardHead, {}),
+        (FixedETFHead, {}),
+        (NearestETFHead, {}),
+        (NearestETFHead, dict(solve_every=3)),
+        (NearestETFHead, dict(lag=True)),
+    ],
+)
+def test_activation_checkpointing(Head, kw, parts, order, call):
+    "One step for one micro-batch, gradients and state those of the plain run to the bit."
+
+    def make():
+        return Dropping(Head(D, C, **kw))
+
+    grads, state = train_in_parts(make, call_plainly, parts, order)
+    again, other = train_in_parts(make, call, parts, order, targets=order == "sum")
+    for mine, theirs in zip(grads, again):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs))
+    assert all(torch.equal(v, other[k]) for k, v in state.items())
+
+
+@pytest.mark.parametrize("call", CHECKPOINTS, ids=["not reentrant", "reentrant"])
+def test_two_equal_batches_cannot_be_told_apart(call):
+    net = Dropping(NearestETFHead(D, C)).train()
+    net.body[2].p = 0.0
+    x, y = torch.randn(N, 8, requires_grad=True), torch.arange(N) % C
+    losses = [F.cross_entropy(call(net, x, y), y) for _ in range(2)]
+    with pytest.raises(RuntimeError, match="call backward\\(\\) after each forward pass"):
+        sum(losses).backward()
+    net = Dropping(NearestETFHead(D, C))
+    for _ in range(2):  # one after the other is no question
+        F.cross_entropy(call(net, x, y), y).backward()
+
+
+def test_other_features_in_the_repetition_are_refused():
+    "A checkpoint that forgets dropout's random state."
+    net, y = Dropping(NearestETFHead(D, C)), torch.arange(N) % C
+    x = torch.randn(N, 8, requires_grad=True)
+    z = checkpoint(net, x, y, use_reentrant=False, preserve_rng_state=False)
+    with pytest.raises(RuntimeError, match="keep preserve_rng_state=True"):
+        F.cross_entropy(z, y).backward()
+
+
+class Elsewhere(torch.autograd.Function):
+    "Somebody else's checkpoint."
+
+    @staticmethod
+    def forward(ctx, net, x, y):
+        ctx.net, ctx.y = net, y
+        ctx.save_for_backward(x)
+        return net(x, y)
+
+    @staticmethod
+    def backward(ctx, g):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            ctx.net(x, ctx.y).backward(g)
+        return None, x.grad, None
+
+
+def test_a_foreign_checkpoint_is_refused():
+    net, y = Net(), torch.arange(N) % C
+    z = Elsewhere.apply(net, torch.randn(N, 8, requires_grad=True), y)
+    with pytest.raises(RuntimeError, match="not torch.utils.checkpoint"):
+        F.cross_entropy(z, y).backward()
+
+
+def test_checkpoints_leave_nothing_behind():
+    "Notes of passes go with their graphs, are not copied, and not saved."
+    net, y = Dropping(NearestETFHead(D, C)), torch.arange(N) % C
+    for reentrant in (False, True):
+        for _ in range(3):
+            x = torch.randn(N, 8, requires_grad=True)
+            z = checkpoint(net, x, y, use_reentrant=reentrant)
+            F.cross_entropy(z, y).backward()
+    assert len(net.head._passes.kept) <= 1
+    assert not copy.deepcopy(net).head._passes.kept
+    net(torch.randn(N, 8), y)
+    with torch.autograd.graph.save_on_cpu():  # hooked for another reason: no note outlives the graph
+        net(torch.randn(N, 8), y)
+    assert not [ref for ref in net.head._passes.refs if ref() and ref() not in net.head._passes.kept]
+
+
+def test_double_backward_through_a_head():
+    "With create_graph=True the second order is that of finite differences (U_prox, an earlier W, held)."
+    head, y = NearestETFHead(8, 3, delta=0.1).double(), torch.arange(9) % 3
+    head(torch.randn(9, 8, dtype=torch.float64), y)
+    state = copy.deepcopy(head.state_dict())
+
+    def gradient(h):
+        head.load_state_dict(state)
+        return torch.autograd.grad(F.cross_entropy(head(h, y), y), h, create_graph=True)[0]
+
+    h = torch.randn(9, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(gradient, h)
+
+
+@pytest.mark.parametrize("start", ["canonical", "haar", "given"])
+def test_safetensors_round_trip(start, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors comes with timm")
+    if start == "given":
+        start = torch.linalg.qr(torch.randn(D, C))[0].T.contiguous().T
+    head = NearestETFHead(D, C, start=start)
+    safetensors.save_file(head.state_dict(), tmp_path / "start.safetensors")
+    head(torch.randn(N, D), torch.arange(N) % C)
+    assert all(b.is_contiguous() for b in head.buffers())
+    safetensors.save_file(head.state_dict(), tmp_path / "head.safetensors")
+    other = NearestETFHead(D, C)
+    other.load_state_dict(safetensors.load_file(tmp_path / "head.safetensors"))
+    for k, v in head.state_dict().items():
+        assert torch.equal(v, other.state_dict()[k])
+
+
+@pytest.mark.parametrize("Head", HEADS)
+def test_a_state_of_the_former_names_loads(Head):
+    net = Net(Head(D, C))
+    for x, y in batches(3):
+        net(x, y)
+    former = {
+        k.replace("head.W", "head.weight").replace("head.b", "head.bias"): v
+        for k, v in net.state_dict().items()
+    }
+    other = Net(Head(D, C))
+    other.load_state_dict(former)
+    for k, v in net.state_dict().items():
+        assert torch.equal(v, other.state_dict()[k]), k
+    assert "head.weight" in former  # and the caller's dictionary is as it was
+
+
+@pytest.mark.parametrize("Head", HEADS)
+def test_a_heads_state_is_not_a_linear_layers(Head):
+    plain, net = Net(nn.Identity()), Net(Head(D, C))
+    plain.head = nn.Linear(D, C)
+    before = copy.deepcopy(plain.head.state_dict())
+    answer = plain.load_state_dict(net.state_dict(), strict=False)
+    assert {"head.weight", "head.bias"} <= set(answer.missing_keys) and "head.W" in answer.unexpected_keys
+    assert all(torch.equal(v, before[k]) for k, v in plain.head.state_dict().items())
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        plain.load_state_dict(net.state_dict())
+
+
+def test_a_linear_layers_state_is_refused_with_the_way_out():
+    plain, net = Net(nn.Identity()), Net()
+    plain.head = nn.Linear(D, C)
+    with pytest.raises(RuntimeError, match="(?s)nn.Linear, for a NearestETFHead.*swap_head.*plain"):
+        net.load_state_dict(plain.state_dict())
+    W = net.head.weight.clone()
+    answer = net.load_state_dict(plain.state_dict(), strict=False)
+    assert "head.weight" in answer.unexpected_keys and torch.equal(net.head.weight, W)
+
+
+def behind(head):
+    head.U_prox.data.mul_(0.9)
+
+
+def average(head):
+    for buffer in head.buffers():
+        if buffer.is_floating_point():
+            buffer.mul_(0.9)
+
+
+@pytest.mark.parametrize("change", [None, "load", behind, average, copy.deepcopy, "pickle", "inference"])
+def test_eval_looks_only_after_foreign_changes(change, monkeypatch):
+    looks = []
+    is_etf = NearestETFHead.is_etf
+    monkeypatch.setattr(NearestETFHead, "is_etf", lambda self: looks.append(1) or is_etf(self))
+    with torch.inference_mode(change == "inference"):
+        head = NearestETFHead(D, C)
+        if change != "inference":
+            head(torch.randn(N, D), torch.arange(N) % C)
+    if change == "load":
+        head.load_state_dict(NearestETFHead(D, C).state_dict())
+    elif change == "pickle":
+        head = pickle.loads(pickle.dumps(head))
+    elif callable(change):
+        head = change(head) or head
+    head.eval()
+    assert len(looks) == (change is not None)
+    assert off_etf(head.weight) < 1e-5
+    head.train()
+    head.eval()
+    assert len(looks) == (2 if change == "inference" else change is not None)
+
+
+def test_eval_is_cheap_at_imagenets_size():
+    "A thousand classes: less than a tenth of the whole look (milliseconds are in ngc_cost)."
+    head, seconds = NearestETFHead(2048, 1000, solver="svd"), {}
+    for name, call in {"eval": head.eval, "is_etf": head.is_etf}.items():
+        times = []
+        for _ in range(5):
+            head.train()
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        seconds[name] = min(times)
+    assert seconds["eval"] < seconds["is_etf"] / 10
+
+
+@pytest.mark.parametrize("Head", HEADS)
+def test_on_no_device(Head):
+    head, h = Head(D, C).to("meta"), torch.empty(N, D, device="meta")
+    y = torch.empty(N, device="meta", dtype=torch.int64)
+    assert head.eval()(h).shape == (N, C)
+    assert head.train()(h).shape == (N, C) if Head is not NearestETFHead else True
+    assert head.to_linear().weight.is_meta
+    with torch.device("meta"):
+        assert Head(D, C)(h, y).shape == (N, C)
+
+
+class NoFloat64(torch.utils._python_dispatch.TorchDispatchMode):
+    "A device without float64, as Apple's GPUs are."
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, torch.Tensor) and x.dtype == torch.float64:
+                raise TypeError(f"this device has no float64: {func}")
+        return result
+
+
+@pytest.mark.parametrize("Head", HEADS)
+def test_a_device_without_float64(Head, monkeypatch):
+    monkeypatch.setattr(procrustes, "_wide", lambda X: X)  # there: the CPU's float64
+    with NoFloat64():
+        head, y = Head(D, C), torch.arange(N) % C
+        for _ in range(3):
+            h = torch.randn(N, D, requires_grad=True)
+            F.cross_entropy(head(h, y), y).backward()
+        if Head is NearestETFHead:
+            head.U_prox.mul_(0.9)
+            assert not head.is_etf()
+        head.eval()
+        assert head(h).isfinite().all()
+        with pytest.raises(TypeError, match="no float64"):
+            h.double()  # and it does see it
+    if Head is NearestETFHead:
+        assert off_etf(head.weight) < 1e-4
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int32, torch.int16, torch.int64])
+@pytest.mark.parametrize("shape", [(N,), (N, 1)])
+def test_labels_of_any_integer_type(kind, shape):
+    h, y = torch.randn(N, D), torch.arange(N) % C
+    heads = [NearestETFHead(D, C) for _ in range(2)]
+    a, b = heads[0](h, y), heads[1](h, y.to(kind).reshape(shape))
+    assert torch.equal(a, b)
+
+
+def test_multi_hot_labels_leave_no_trace():
+    head, hot = NearestETFHead(D, C), F.one_hot(torch.arange(N) % C, C).float()
+    for y in (2 * hot, 0 * hot, hot + hot.roll(1, 1)):
+        state = copy.deepcopy(head.state_dict())
+        with pytest.raises(ValueError, match="sum to 1"):
+            head(torch.randn(N, D), y)
+        assert all(torch.equal(v, state[k]) for k, v in head.state_dict().items())
+
+
+def test_lag_uses_earlier_batches_only():
+    late, prompt = NearestETFHead(D, C, lag=True, start="haar"), NearestETFHead(D, C)
+    prompt.load_state_dict(late.state_dict())
+    y = torch.arange(N) % C
+    for _ in range(4):
+        h, before = torch.randn(N, D, requires_grad=True), late.weight.clone()
+        x = late.features(h)
+        z = late(h, y)
+        expected = F.linear(x - x.mean(0), before)
+        assert torch.allclose(z, expected, atol=1e-5)
+        grads = [torch.autograd.grad(F.cross_entropy(logits, y), h)[0] for logits in (z, expected)]
+        assert torch.allclose(*grads, atol=1e-6)  # no stream through the solution
+        prompt(h, y)
+        assert torch.allclose(late.weight, prompt.weight, atol=1e-6)  # ready for the next batch
+
+
+def test_the_authors_fixed_head_detaches_the_mean():
+    y, grads = torch.arange(N) % C, []
+    h = torch.randn(N, D)
+    for cut in (False, True):
+        head, leaf = FixedETFHead(D, C, detach_mean=cut), h.clone().requires_grad_()
+        x = head.features(leaf)
+        mean = x.mean(0)
+        expected = F.linear(x - (mean.detach() if cut else mean), head.weight)
+        z = head(leaf, y)
+        assert torch.allclose(z, expected, atol=1e-5)
+        pair = [torch.autograd.grad(F.cross_entropy(logits, y), leaf)[0] for logits in (z, expected)]
+        assert torch.allclose(*pair, atol=1e-6)
+        grads.append(pair[0])
+    assert not torch.allclose(*grads, atol=1e-4)
+
+
+def test_the_authors_standard_head_projects_after_the_first_step():
+    head, h = StandardHead(D, C, project_first=False), torch.randn(N, D)
+    with torch.no_grad():
+        head.weight.mul_(3)
+    raw = head.weight.detach().clone()
+    head.train()
+    assert torch.allclose(head(h), F.linear(head.features(h), raw), atol=1e-5)
+    assert torch.allclose(head(h), F.linear(head.features(h), F.normalize(raw)), atol=1e-5)
+    assert torch.allclose(head.weight.norm(dim=1), torch.ones(C))
+
+
+HEAVY = "pymanopt scipy fastai torchvision matplotlib pandas seaborn sklearn torchmetrics PIL".split()
+
+
+def test_importing_a_head_imports_torch_and_numpy_only():
+    code = (
+        "import sys, torch, numpy; before = set(sys.modules); from ngc_etf import NearestETFHead; "
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not set(HEAVY) & set(out.split()), out

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from ngc_etf.means import _centre, _label_faults, as_labels, centred_means
+from ngc_etf.means import ValueCheck, _centre, _label_faults, as_labels, centred_means
 from ngc_etf.running import RunningGlobalMean, RunningMeans
 
 N, d, C = 12, 5, 4
@@ -108,33 +108,99 @@ def test_a_large_common_offset_costs_no_digits():
     torch.testing.assert_close(h_G_shifted, (h_G + 2.0**20).float())
 
 
-def test_late_verdicts_leave_the_state_alone(batch, monkeypatch):
-    "As on a GPU: the verdict is told later, and the step goes on without it."
-    h, y = batch
-    told = []
+# ---- as on a GPU: verdicts arrive later, and the step goes on without them
 
-    def late(ok, message):
-        told.append((bool(ok), message))
+
+class Event:
+    "Of a device that has finished nothing until the host waits for it."
+
+    def query(self):
+        return False
+
+    def synchronize(self):
+        pass
+
+
+class LateCheck(ValueCheck):
+    def __call__(self, ok, message, then=None):
+        self.pending.append((ok, Event(), message, then))
         return ok
 
+
+class NothingIsRead(torch.utils._python_dispatch.TorchDispatchMode):
+    "Fails where the host reads a number out of a tensor: on a GPU that would stall the step."
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the host waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def step(monkeypatch):
+    "A step in which nothing may be read, and no numbers for the messages, as on a GPU."
+
+    def run(module, *args):
+        with monkeypatch.context() as m, NothingIsRead():
+            m.setattr(torch.compiler, "is_compiling", lambda: True)
+            return module(*args)
+
+    return run
+
+
+@pytest.fixture
+def late():
     means = RunningMeans(d, C)
-    means(h, y)
-    monkeypatch.setattr(means, "check", late)
-    late.raise_late = lambda wait=False: None
+    means.check = LateCheck()
+    return means
+
+
+def test_a_good_batch_is_the_same_and_nothing_is_read(batch, late, step):
+    h, y = batch
     plain = RunningMeans(d, C)
-    plain.load_state_dict(means.state_dict())
-    for ours, theirs in zip(means(h, y), plain(h, y)):
-        assert torch.equal(ours, theirs)
-    before = state(means)
-    for features, labels in ((h, y + 2), (h / 0, y), (h, torch.ones(N, C)), (h, torch.eye(C)[y] * torch.nan)):
-        told.clear()
-        features = features.clone().requires_grad_()
-        H, h_G = means(features, labels)
-        assert not all(ok for ok, _ in told)
-        assert H.isfinite().all() and h_G.isfinite().all()
-        (grad,) = torch.autograd.grad(H.sum() + h_G.sum(), features)
-        assert grad.isfinite().all()
-        assert_same(means, before)
+    for labels in (y, torch.eye(C)[y], y.roll(1)):
+        for mine, theirs in zip(step(late, h, labels), plain(h, labels)):
+            assert torch.equal(mine, theirs)
+    assert_same(late, plain.state_dict())
+    late.eval()
+
+
+BAD = {
+    "labels": (lambda h, y: (h, y + 2), "in an earlier batch, labels must lie in 0..3"),
+    "features": (lambda h, y: (h / 0, y), "in an earlier batch, features have non-finite"),
+    "multi-hot": (lambda h, y: (h, torch.ones(N, C)), "in an earlier batch, soft labels must sum to 1"),
+    "nan": (lambda h, y: (h, torch.eye(C)[y] * torch.nan), "in an earlier batch, soft labels must be finite"),
+}
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_batch_counts_as_empty_and_is_told_later(batch, late, step, bad, begun):
+    h, y = batch
+    change, message = BAD[bad]
+    if begun:
+        late(h, y)
+    before = state(late)
+    features, labels = change(h, y)
+    features = features.clone().requires_grad_()
+    H, h_G = step(late, features, labels)
+    (grad,) = torch.autograd.grad(H.sum() + h_G.sum(), features)
+    assert H.isfinite().all() and h_G.isfinite().all() and grad.isfinite().all()
+    assert_same(late, before)
+    with pytest.raises(ValueError, match=message):
+        late.eval()
+
+
+def test_a_late_global_mean(batch, step):
+    h, _ = batch
+    mean, plain = RunningGlobalMean(d), RunningGlobalMean(d)
+    mean.check = LateCheck()
+    for features in (h / 0, h, h / 0, h + 1):
+        assert step(mean, features).isfinite().all()
+    plain(h)
+    plain(h + 1)
+    assert_same(mean, plain.state_dict())
+    with pytest.raises(ValueError, match="in an earlier batch, features"):
+        mean.check.raise_late(wait=True)
 
 
 # ---- torch.compile

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from threadpoolctl import threadpool_limits
 
-from ngc_etf import lapack, nearest
+from ngc_etf import lapack, procrustes
+from ngc_etf.means import ValueCheck
 from ngc_etf.nearest import SOLVERS, nearest_etf
 from ngc_etf.procrustes import polar, polar_vjp
 from ngc_etf.proximal import procrustes_target, trust_region
@@ -209,10 +210,10 @@ def test_products_only_adjoint(dtype, tol):
         U, V = haar(30, 8), haar(8, 8, 2)
         v = torch.randn(30, 8, dtype=F64, generator=torch.Generator().manual_seed(0))
         expected = polar_vjp(U, s, V, v)
-        got = nearest._polar_vjp_products(U.to(dtype), ((V * s) @ V.T).to(dtype), v.to(dtype))
+        got = procrustes._polar_vjp_products(U.to(dtype), ((V * s) @ V.T).to(dtype), v.to(dtype))
         assert (got - expected).norm() / expected.norm() < tol * max(1, kappa / 10)
     assert (
-        nearest._polar_vjp_products(
+        procrustes._polar_vjp_products(
             U, 0 * (V @ V.T) + torch.diag(torch.tensor([1.0] * 7 + [0.0], dtype=F64)), v
         )
         .isfinite()
@@ -223,10 +224,10 @@ def test_products_only_adjoint(dtype, tol):
 @pytest.mark.parametrize("dtype,kappa,tol", [(torch.float32, 1e3, 1e-3), (F64, 1e6, 1e-8)])
 def test_newton_schulz_fixed_schedule(monkeypatch, dtype, kappa, tol):
     "The number of steps fixed in advance is enough, without looking at the device."
-    monkeypatch.setattr(nearest, "_deferred", lambda P: True)
+    monkeypatch.setattr(procrustes, "_deferred", lambda P: True)
     s = torch.logspace(0, -np.log10(kappa), 8, dtype=F64)
     Q, V = haar(40, 8), haar(8, 8, 2)
-    U = nearest._newton_schulz(((Q * s) @ V.T).to(dtype))[0]
+    U = procrustes._newton_schulz(((Q * s) @ V.T).to(dtype))[0]
     assert (U - Q @ V.T).abs().max() < tol
     assert (U.T @ U - torch.eye(8)).abs().max() < tol
 
@@ -251,16 +252,16 @@ def test_matmul_precision_is_kept_and_restored():
     plain, seen = nearest_etf(H, U_prox), []
     torch.set_float32_matmul_precision("medium")
     try:
-        solve = nearest._SOLVE["svd"]
-        nearest._SOLVE["svd"] = lambda P: (
-            seen.extend(m.fp32_precision for m in nearest._matmuls()),
+        solve = procrustes._SOLVE["svd"]
+        procrustes._SOLVE["svd"] = lambda P: (
+            seen.extend(m.fp32_precision for m in procrustes._matmuls()),
             solve(P),
         )[1]
         nearest_etf(H, U_prox, solver="svd")
         assert torch.equal(nearest_etf(H, U_prox), plain)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
-        nearest._SOLVE["svd"] = solve
+        procrustes._SOLVE["svd"] = solve
         torch.set_float32_matmul_precision("highest")
     assert set(seen) <= {"ieee"}
 
@@ -327,7 +328,7 @@ def test_fallback_warns_once(monkeypatch, solver):
 def test_a_non_finite_result_is_no_answer(monkeypatch):
     H, U_prox = means(12, 3), haar(12, 3)
     monkeypatch.setattr(lapack, "_warned", set())
-    monkeypatch.setitem(nearest._SOLVE, "svd", lambda P: (P * float("nan"), None, None))
+    monkeypatch.setitem(procrustes._SOLVE, "svd", lambda P: (P * float("nan"), None, None))
     with pytest.warns(RuntimeWarning, match="non-finite result"):
         U = nearest_etf(H, U_prox, solver="svd")
     assert U.isfinite().all()
@@ -337,7 +338,7 @@ def test_out_of_memory_is_not_swallowed(monkeypatch):
     def oom(P):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setitem(nearest._SOLVE, "svd", oom)
+    monkeypatch.setitem(procrustes._SOLVE, "svd", oom)
     with pytest.raises(torch.OutOfMemoryError):
         nearest_etf(means(12, 3), haar(12, 3), solver="svd")
 
@@ -348,45 +349,54 @@ def test_nobody_can():
         polar(torch.full((4, 2), float("nan")))
 
 
-def test_deferred_flags(monkeypatch):
+class Played(ValueCheck):
+    "Late verdicts without a GPU; they arrive when `done`."
+
+    done = True
+
+    def __call__(self, ok, message, then=None):
+        self.pending.append((ok, self, message, then))
+
+    def query(self):
+        return self.done
+
+
+def test_late_verdict_on_the_input(monkeypatch):
     "The logic of a GPU's checks: nothing is read at the call, the verdict comes later."
-    monkeypatch.setattr(nearest, "_deferred", lambda P: True)
-    monkeypatch.setattr(nearest, "_flags", nearest._Flags())
+    monkeypatch.setattr(procrustes, "_deferred", lambda P: True)
+    monkeypatch.setattr(procrustes, "_late", Played())
     H, U_prox = means(12, 3), haar(12, 3)
     good = nearest_etf(H, U_prox, solver="newton_schulz")
     assert (good - nearest_etf(H, U_prox, solver="svd")).abs().max() < 1e-10
     bad = H.clone()
     bad[0, 0] = float("inf")
     nearest_etf(bad, U_prox, solver="newton_schulz")
-    with pytest.raises(ValueError, match="earlier call"):
+    with pytest.raises(ValueError, match=r"in an earlier batch, H \(or U_prox\) had non-finite entries"):
         nearest_etf(H, U_prox)
+    procrustes._late.pending.clear()
     nearest_etf(bad, U_prox, solver="newton_schulz", validate=False)
     nearest_etf(H, U_prox, solver="newton_schulz")
 
 
-def test_flags_wait_for_the_device_and_switch_auto(monkeypatch):
-    class Event:
-        done = False
-
-        def query(self):
-            return self.done
-
-    flags, event = nearest._Flags(), Event()
-    monkeypatch.setattr(nearest, "_AUTO", dict(nearest._AUTO))
+def test_late_verdict_on_the_result_switches_auto(monkeypatch):
+    late = Played()
+    late.done = False
+    monkeypatch.setattr(procrustes, "_late", late)
+    monkeypatch.setattr(procrustes, "_AUTO", dict(procrustes._AUTO))
     monkeypatch.setattr(lapack, "_warned", set())
-    flags.queue.append((torch.tensor([False, True]), event))
-    flags.read()
-    assert len(flags.queue) == 1 and nearest._AUTO["cuda"] == "newton_schulz"
-    event.done = True
+    procrustes._check_result(2 * haar(12, 3))
+    late.raise_late()
+    assert len(late.pending) == 1 and procrustes._AUTO["cuda"] == "newton_schulz"
+    late.done = True
     with pytest.warns(RuntimeWarning, match="had not converged"):
-        flags.read()
-    assert not flags.queue and nearest._AUTO["cuda"] == "gram"
+        late.raise_late()
+    assert not late.pending and procrustes._AUTO["cuda"] == "gram"
 
 
 def test_newton_schulz_says_when_it_did_not_converge():
     P = haar(8, 3) * torch.tensor([1.0, 1.0, 0.0], dtype=F64)
     with pytest.raises(RuntimeError, match="did not converge"):
-        nearest._newton_schulz(P)
+        procrustes._newton_schulz(P)
 
 
 H, U_PROX = means(20, 5), haar(20, 5)
@@ -415,13 +425,6 @@ REFUSED = [
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_second_derivative_is_an_error():
-    X = means(6, 3).requires_grad_()
-    (g,) = torch.autograd.grad(nearest_etf(X, haar(6, 3)).sum(), X, create_graph=True)
-    with pytest.raises(RuntimeError):
-        g.sum().backward()
 
 
 def test_no_fastai():
