@@ -16,7 +16,7 @@ from functools import partial
 
 from .catalogue import UFM
 from .experiment import EXPERIMENTS, METHODS, SUITES, TRACKERS, get_experiment, suite_cells
-from .machine import _say, _start_command
+from .machine import _say, _speaking_as
 
 # %% ../nbs/11e_command.ipynb #c006
 #| code-fold: true
@@ -171,7 +171,8 @@ def _dry_run(cells, args):
     from ngc_etf.runner import on_device, settle_precision
     from ngc_etf.suite import estimate
     device = on_device(args.device)
-    rows = [estimate(settle_precision(e, args.out, device), args.data, device, args.compile) for e in cells]
+    cells = [settle_precision(e, args.out, device, args.data) for e in cells]
+    rows = [estimate(e, args.data, device, args.compile) for e in cells]
     _say(_table([tuple(rows[0]), *(tuple(row.values()) for row in rows)]))
     hours = sum(row["hours"] for row in rows)
     if len(rows) > 1:
@@ -212,11 +213,8 @@ def train_main(
     begun = time.time()
     args = train_parser().parse_args(argv)
     try:
-        _start_command("ngc_train")
-        if args.list:
-            _say(_listing(args))
-            return
-        failed = _act(args, begun)
+        with _speaking_as("ngc_train"):
+            failed = _say(_listing(args)) if args.list else _act(args, begun)
     except KeyboardInterrupt:
         _say("ngc_train: stopped; the same command goes on from the last epoch", file=sys.stderr)
         sys.exit(130)

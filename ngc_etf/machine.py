@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -128,16 +129,19 @@ def bf16_speed(
 
 # %% ../nbs/10b_machine.ipynb #c019
 #| code-fold: true
-def _start_command(prog):
-    "What every command does before it imports torch."
+@contextmanager
+def _speaking_as(prog):
+    "What every command does around its work, torch's import included."
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     def show(message, category, filename, lineno, file=None, line=None):
         _say(f"{prog}: {str(message).strip()}", file=sys.stderr)
-    warnings.showwarning = show
-    for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
-        warnings.filterwarnings("ignore", category=category)
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+            warnings.filterwarnings("ignore", category=category)
+        yield
 
 def _say(*words, file=None):
     "Print; a terminal that cannot show it, or is gone, does not matter."

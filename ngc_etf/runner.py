@@ -18,6 +18,7 @@ import torch.distributed as dist
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner, Recorder
+from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
 from torch._dynamo.exc import TorchDynamoException
 from torch.nn.parallel import DistributedDataParallel
@@ -106,7 +107,7 @@ class Record(Callback):
         deadline=None,  # as `time.time()` counts
     ):
         self.rows, self.exp, self.net, self.loaders = rows, rows.exp, net, loaders
-        self.begun, self.earlier, self.progress = begun, seconds, progress and rows.write
+        self.begun, self.done, self.earlier, self.progress = begun, begun, seconds, progress and rows.write
         self.deadline, self.stopped, self.joined = deadline, False, loaders["train"].world_size > 1
 
     def before_fit(self):
@@ -141,7 +142,7 @@ class Record(Callback):
         loaders = {k: l.state_dict() for k, l in self.loaders.items()}
         self.rows.checkpoint(epoch=epoch, model=self.net.state_dict(), opt=self.opt.opt.state_dict(),
                              loader=loaders, rng=torch.get_rng_state(), seconds=seconds)
-        now = time.perf_counter()
+        self.done, now = epoch, time.perf_counter()
         late = _late(self.deadline, now - self.epoch_start)  # another epoch like this one
         self.epoch_start = now
         if epoch < self.exp.epochs and self._any(late):
@@ -149,19 +150,20 @@ class Record(Callback):
 
     def _write(self, epoch, seconds):
         "One row, to the files, the recorder and the bar."
-        values = self.evaluate(margins=epoch == self.exp.epochs)
+        values, margins = self.evaluate(margins=epoch == self.exp.epochs)
         self.rows.append(epoch, **values, seconds=seconds)
         self.recorder.metric_names = ["epoch", "seconds", *values, "time"]
         self.recorder.log = [epoch, seconds, *values.values(), seconds]
         self.bar.set_postfix(_postfix(values))
         self.rows.save()
+        if margins is not None:
+            save_margins(self.rows, margins)
 
-    def evaluate(self, margins=False)->dict:
-        "Metrics on the training set (as the loss saw it, or clean) and on the test set; saves the margins."
+    def evaluate(self, margins=False)->tuple:
+        "Metrics on the training set (as the loss saw it, or clean) and on the test set; training margins."
         train = measure_collapse(self.net, self.loaders["train_eval"], margins=margins)
-        if margins:
-            save_margins(self.rows, train.pop("margins"))
-        return _row(train) | _row(measure_collapse(self.net, self.loaders["test"]), "test")
+        each = train.pop("margins", None)
+        return _row(train) | _row(measure_collapse(self.net, self.loaders["test"]), "test"), each
 
     def _any(self, late):
         "The same answer in all processes."
@@ -202,7 +204,8 @@ def _learner(exp, rows, data, dls, device, compile, world_size):
     rows.C = data.C
     rows.about = {"device": str(device), "processes": world_size, "compiled": compiled}
     opt = partial(OptimWrapper, opt=partial(make_optimizer, exp))
-    learn = Learner(dls, net, loss_function(exp), lr=exp.lr, opt_func=opt, path=rows.csv.parent)
+    loss = CrossEntropyLossFlat() if exp.loss == "ce" else loss_function(exp)  # as fastai knows it
+    learn = Learner(dls, net, loss, lr=exp.lr, opt_func=opt, path=rows.csv.parent)
     learn.remove_cb(ProgressCallback)
     learn.create_opt()
     return learn, net
@@ -242,7 +245,7 @@ def _run_images(exp, rows, data, device="cpu", progress=True, workers=4, compile
     with learn.no_bar(), learn.no_logging():
         learn.fit(exp.epochs - begun, cbs=[NearestETF(verbose=False), record, *extra])
     if record.stopped:
-        raise OutOfTime(f"{exp.stem}: out of time after epoch {begun + record.epoch} of {exp.epochs}")
+        raise OutOfTime(f"{exp.stem}: out of time after epoch {record.done} of {exp.epochs}")
 
 # %% ../nbs/11c_runner.ipynb #c017
 #| code-fold: true
@@ -268,6 +271,7 @@ def settle_precision(
     exp:Experiment, # whose precision may be "auto"
     out,            # folder of the rows
     device="cpu",   # where it will run
+    root="data",    # folder of the data sets, read only for the sizes of folder:PATH
 )->Experiment:      # with "fp32" or "bf16"
     "The experiment in the precision that it was begun with, or in the faster one."
     if exp.precision != "auto":
@@ -277,14 +281,32 @@ def settle_precision(
     if begun is None and rows.ckpt.exists():
         begun = parse_config(rows.last_checkpoint(), rows.ckpt)
     if begun: return dataclasses.replace(exp, precision=begun["precision"])
+    half = dataclasses.replace(exp, precision="bf16")
     small = exp.data in UFM or exp.net.split("-")[0] in ("digits", "mlp")
     faster = not small and bf16_speed(str(device)) > 1.1
-    return dataclasses.replace(exp, precision="bf16" if faster else "fp32")
+    if faster and _is_sound(half, device, root): return half
+    return dataclasses.replace(exp, precision="fp32")
 
-def _same_precision(exp, out, device, world_size):
+def _is_sound(exp, device, root, times=4):
+    "Is the gradient of the network finite and the same each time? Asked of CPUs only."
+    if not str(device).startswith("cpu"): return True
+    trial = dataclasses.replace(exp, method="standard", batch_size=16)
+    training, first = build_step(trial, device, root=root), None
+    for _ in range(times):
+        torch.full((2**22,), float("nan"))  # what a kernel would find that reads too much
+        training.model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            h = training.model.body(training.x)
+        h.float().square().sum().backward()
+        grads = [p.grad for p in training.model.body.parameters()]
+        first = first or grads
+        if not all(g.isfinite().all() and torch.equal(g, f) for g, f in zip(grads, first)): return False
+    return True
+
+def _same_precision(exp, out, device, world_size, root):
     "As process 0 settles it."
-    if world_size == 1: return settle_precision(exp, out, device)
-    box = [settle_precision(exp, out, device) if dist.get_rank() == 0 else None]
+    if world_size == 1: return settle_precision(exp, out, device, root)
+    box = [settle_precision(exp, out, device, root) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box)
     return box[0]
 
@@ -302,10 +324,10 @@ def _open(exp, rows, root, download):
     if exp.data in UFM: return None
     try:
         data = open_data(exp, root, download)
+        rows.data = fingerprint(data)
     except FileNotFoundError:
         if rows.done: return None  # nothing to do, and nothing to compare with
         raise
-    rows.data = fingerprint(data)
     about = rows.about_stored()
     check_data(about and about.get("data"), rows.data, rows.json)
     return data
@@ -332,7 +354,7 @@ def run(
         Rows(exp, out).clear()
     if world_size > 1:
         dist.barrier()
-    exp = _same_precision(exp, out, device, world_size)
+    exp = _same_precision(exp, out, device, world_size, root)
     rows = Rows(exp, out, rank == 0)
     if rows.other:
         raise ValueError(f"{rows.csv} holds the rows of another configuration: choose another folder with "

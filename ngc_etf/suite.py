@@ -24,7 +24,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from .experiment import Experiment
-from .machine import _say, _start_command, take_turns
+from .machine import _say, _speaking_as, take_turns
 from .rows import Rows, _interrupted
 
 # %% ../nbs/11d_suite.ipynb #c006
@@ -113,19 +113,19 @@ _CHILD = "from ngc_etf.suite import _child; _child()"
 
 def _child():
     "One cell in a process of its own; its description and `run`'s arguments come through standard input."
-    _start_command("ngc_train")
     given = json.loads(sys.stdin.read())
     try:
-        from ngc_etf.runner import OutOfTime, run
-        exp = Experiment(**given["experiment"] | {"at": tuple(given["experiment"]["at"])})
-        _say(_last_row(run(exp, progress=False, **given["arguments"])))
+        with _speaking_as("ngc_train"):
+            from ngc_etf.runner import run
+            exp = Experiment(**given["experiment"] | {"at": tuple(given["experiment"]["at"])})
+            _say(_last_row(run(exp, progress=False, **given["arguments"])))
     except KeyboardInterrupt:
         sys.exit(130)
-    except OutOfTime as e:
-        _say(e)
-        sys.exit(_OUT_OF_TIME)
     except Exception as e:
         if _interrupted(e): raise SystemExit(130) from e
+        if type(e).__name__ == "OutOfTime":
+            _say(e)
+            sys.exit(_OUT_OF_TIME)
         if given["trace"]:
             traceback.print_exc()
         _say(_complaint(e))

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.learner import Recorder
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from .procrustes import at_least_float32
 
@@ -37,6 +36,21 @@ def join_team(
 
 # %% ../nbs/10c_team.ipynb #c009
 #| code-fold: true
+class _SumOverAll(torch.autograd.Function):
+    "The sum over all processes; so is its gradient."
+    @staticmethod
+    def forward(ctx, x):
+        return _summed(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _summed(grad)
+
+def _summed(x):
+    x = x.contiguous().clone()
+    dist.all_reduce(x)
+    return x
+
 class SharedBatchNorm(nn.BatchNorm2d):
     "BatchNorm without affine parameters over the batch of all processes, on any device."
     def forward(self,
@@ -48,9 +62,9 @@ class SharedBatchNorm(nn.BatchNorm2d):
         over = [i for i in range(x.ndim) if i != 1]
         wide = [-1 if i == 1 else 1 for i in range(x.ndim)]
         count = x.new_tensor([x.numel() / channels])
-        total, n = all_reduce(torch.cat([x.sum(over), count])).split([channels, 1])
+        total, n = _SumOverAll.apply(torch.cat([x.sum(over), count])).split([channels, 1])
         mean = total / n
-        var = all_reduce((x - mean.view(wide)).square().sum(over)) / n
+        var = _SumOverAll.apply((x - mean.view(wide)).square().sum(over)) / n
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

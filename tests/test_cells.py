@@ -1,4 +1,4 @@
-"Every (data set, network, method) of Tables 1 and 2, two steps at tiny sizes from files in their real format, unbroken and resumed."
+"Every (data set, network, method) of Tables 1 and 2: two tiny steps from real formats, unbroken and resumed."
 
 import copy, os, shutil, time
 from functools import cache
@@ -60,7 +60,7 @@ def copied(name):
 
 
 def keep_first_checkpoint(monkeypatch, folder):
-    "The checkpoint of the first epoch is copied to another results folder, as a kill after it would have left it."
+    "The checkpoint of the first epoch goes to another folder, as a kill after it would have left it."
     whole = Rows.checkpoint
 
     def checkpoint(self, **state):
@@ -84,7 +84,7 @@ def test_the_tables_have_their_cells():
 def test_cell_runs_and_resumes(name, method, root, tmp_path, monkeypatch):
     begun = time.process_time()
     exp = get_experiment(name, method=method, epochs=2, batch_size=1000, at=(), every=10, size=8)
-    monkeypatch.setattr("ngc_etf.experiment.body", copied)
+    monkeypatch.setattr("ngc_etf.step.body", copied)
     keep_first_checkpoint(monkeypatch, tmp_path / "cut")
     whole = run(exp, tmp_path / "whole", root, device="cpu", progress=False, workers=0)
     cut = Rows(exp, tmp_path / "cut")
@@ -105,7 +105,7 @@ def test_cell_runs_and_resumes(name, method, root, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_all_cells_within_three_minutes():
-    "Three minutes on two cores, in processor time; other work on the machine can double it, hence among the slow tests."
+    "Three minutes on two cores, in processor time; other work can double it, hence a slow test."
     if set(SPENT) != set(CELLS):
         pytest.skip("counts only when all cells have run")
     assert sum(SPENT.values()) < 2 * 180, sorted(SPENT.items(), key=lambda x: -x[1])[:5]

@@ -9,7 +9,7 @@ from ngc_etf.rows import Rows
 from ngc_etf.runner import run
 from ngc_etf.rows import load_rows
 from ngc_etf.report import report_main
-from ngc_etf.suite import train_main
+from ngc_etf.command import train_main
 
 
 def shell(code, *argv, **kw):
@@ -17,7 +17,7 @@ def shell(code, *argv, **kw):
     return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, env=env, **kw)
 
 
-TRAIN = "from ngc_etf.suite import train_main; train_main()"
+TRAIN = "from ngc_etf.command import train_main; train_main()"
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path):
@@ -112,3 +112,182 @@ def test_damaged_result_files_are_named(suffix, text, tmp_path):
     with pytest.raises(SystemExit) as e:
         train_main(["--experiment", "ufm-10", "--epochs", "3", "--out", str(tmp_path)])
     assert f"{damaged} is damaged" in str(e.value.code) and damaged.read_text() == text
+
+
+# errors, signals, terminals
+
+
+def digits(*more):
+    return ["--experiment", "digits-net", "--epochs", "3", "--method", "fixed", "--device", "cpu", *more]
+
+
+def test_an_error_inside_a_step_is_one_sentence(tmp_path, monkeypatch):
+    "Of any type; what was there before stays, and --traceback shows where it came from."
+    from torch.optim import Optimizer
+
+    from ngc_etf.agd import AGD
+
+    step, count = AGD.step, []
+
+    def fails(self, *a, **k):
+        count.append(1)
+        if len(count) == 30:  # in the second epoch
+            raise RuntimeError("no solver could find the polar factor\nat some place")
+        return step(self, *a, **k)
+
+    monkeypatch.setattr(AGD, "step", fails)
+    with pytest.raises(SystemExit) as e:
+        train_main([*digits("--out", str(tmp_path))])
+    says = "ngc_train: RuntimeError: no solver could find the polar factor"
+    assert says in str(e.value.code) or "no solver" in str(e.value.code)
+    assert "\n" not in str(e.value.code) and issubclass(AGD, Optimizer)
+    rows = Rows(get_experiment("digits-net", epochs=3, method="fixed"), tmp_path)
+    assert rows.epoch == 1 and rows.last_checkpoint()["epoch"] == 1 and not rows.lock.exists()
+    count.clear()
+    with pytest.raises(RuntimeError, match="no solver"):
+        count.extend([1] * 20)
+        train_main([*digits("--out", str(tmp_path), "--traceback")])
+    monkeypatch.setattr(AGD, "step", step)
+    train_main([*digits("--out", str(tmp_path))])
+    assert Rows(rows.exp, tmp_path).done
+
+
+@pytest.mark.parametrize("where", ["torch.save", "pandas.DataFrame.to_csv", "ngc_etf.step.AGD.step"])
+def test_an_interrupt_ends_a_suite_with_status_130(where, tmp_path, monkeypatch, capsys):
+    "Wherever it comes, the next cell is not begun, and the files are whole."
+    import importlib
+
+    module, _, name = where.rpartition(".")
+    if module.count(".") and module.split(".")[-1][0].isupper():
+        module, _, owner = module.rpartition(".")
+        target = getattr(importlib.import_module(module), owner)
+    else:
+        target = importlib.import_module(module)
+    original, count = getattr(target, name), []
+
+    def interrupted(*a, **k):
+        count.append(1)
+        if len(count) == 3:
+            if name == "save":
+                a[1].write(b"half a checkpoint")
+                try:
+                    raise KeyboardInterrupt
+                except KeyboardInterrupt:  # as torch's writer does
+                    raise RuntimeError("unexpected pos 128 vs 22")
+            raise KeyboardInterrupt
+        return original(*a, **k)
+
+    monkeypatch.setattr(target, name, interrupted)
+    suite = [
+        "--suite",
+        "long-tail",
+        "--method",
+        "fixed",
+        "--epochs",
+        "4",
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
+    with pytest.raises(SystemExit) as e:
+        train_main(suite)
+    assert e.value.code == 130
+    said = capsys.readouterr()
+    assert "stopped; the same command goes on" in said.err and "could not be written" not in said.err
+    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("*.lock"))
+    assert not (tmp_path / "cifar10-resnet18-lt").exists()
+    rows = Rows(get_experiment("digits-net-lt", epochs=4, method="fixed"), tmp_path)
+    if rows.ckpt.exists():
+        assert rows.last_checkpoint()["epoch"] >= 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_as_a_shell_sends_it(tmp_path):
+    argv = ["--experiment", "ufm-10", "--device", "cpu", "--out", str(tmp_path)]
+    p = subprocess.Popen([sys.executable, "-c", TRAIN, *argv], stderr=subprocess.PIPE, text=True)
+    ckpt = Rows(get_experiment("ufm-10"), tmp_path).ckpt
+    while not ckpt.exists() and p.poll() is None:
+        time.sleep(0.05)
+    p.send_signal(signal.SIGINT)
+    assert "stopped; the same command goes on" in p.communicate()[1] and p.returncode == 130
+    assert ckpt.exists()
+
+
+def test_a_terminal_that_cannot_show_it(tmp_path):
+    "Names outside the terminal's alphabet are replaced; the run is whole, and so is its list."
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii", "PYTHONWARNINGS": "ignore"}
+    argv = [
+        "--experiment",
+        "ufm-10",
+        "--epochs",
+        "2",
+        "--device",
+        "cpu",
+        "--tag",
+        "größe",
+        "--out",
+        str(tmp_path / "ö"),
+    ]
+    done = subprocess.run([sys.executable, "-c", TRAIN, *argv], env=env, capture_output=True)
+    assert done.returncode == 0 and b"gr??e/nearest-s0: epoch 2" in done.stdout, done.stderr
+    assert (tmp_path / "ö" / "ufm-10-größe" / "nearest-s0.csv").exists()
+
+
+# budgets and jobs
+
+
+def test_a_budget_stops_in_time_and_the_next_call_goes_on(tmp_path, capsys):
+    argv = [
+        "--suite",
+        "long-tail",
+        "--method",
+        "fixed",
+        "--epochs",
+        "2000",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
+    begun = time.time()
+    train_main([*argv, "--budget", "4s"])
+    assert time.time() - begun < 30
+    said = capsys.readouterr().out
+    assert "the time of 4s is over: 2 of 2 cells are left, next digits-net-lt/fixed-s0" in said
+    rows = Rows(get_experiment("digits-net-lt", epochs=2000, method="fixed"), tmp_path)
+    epoch = rows.epoch
+    train_main([*argv, "--budget", "4s"])
+    assert rows.epoch >= epoch and rows.epoch > 0 and not rows.lock.exists()
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--experiment", "ufm-10", "--budget", "soon"], "such as 8m, 90s or 1h30m, got 'soon'"),
+        (["--experiment", "ufm-10", "--jobs", "2"], "--jobs N, at least 1, goes with --suite"),
+        (["--suite", "demo", "--jobs", "0"], "--jobs N, at least 1"),
+    ],
+)
+def test_budget_and_jobs_are_checked(argv, says, tmp_path):
+    with pytest.raises(SystemExit) as e:
+        train_main([*argv, "--out", str(tmp_path)])
+    assert says in str(e.value.code)
+
+
+@pytest.mark.slow
+def test_jobs_write_the_rows_of_one_after_the_other(tmp_path, capsys):
+    "Several at once, one of which fails; the rows are those of a suite that runs alone."
+    argv = ["--suite", "demo", "--epochs", "2", "--seeds", "1", "--device", "cpu", "--precision", "fp32"]
+    (tmp_path / "two" / "digits-net").mkdir(parents=True)
+    (tmp_path / "two" / "digits-net" / "fixed-s0.json").write_text("{", encoding="utf-8")
+    with pytest.raises(SystemExit) as e:
+        train_main([*argv, "--out", str(tmp_path / "two"), "--jobs", "2"])
+    assert "1 cells failed: digits-net/fixed-s0" in str(e.value.code)
+    said = capsys.readouterr()
+    assert "[9/9]" in said.out + said.err and "fixed-s0.json is damaged" in said.err
+    (tmp_path / "two" / "digits-net" / "fixed-s0.json").unlink()
+    train_main([*argv, "--out", str(tmp_path / "two"), "--jobs", "2"])
+    train_main([*argv, "--out", str(tmp_path / "one")])
+    one, two = (load_rows(tmp_path / d)[0].drop(columns="seconds") for d in ("one", "two"))
+    pd.testing.assert_frame_equal(one, two, check_exact=True)

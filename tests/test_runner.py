@@ -1,6 +1,6 @@
-"The runner around a run: suites, folders, clusters, trackers, dry runs, several processes, full disks, other versions."
+"The runner around a run: suites, folders, clusters, trackers, dry runs, processes, full disks, versions."
 
-import importlib.util, json, os, subprocess, sys
+import importlib.util, json, os, shutil, subprocess, sys
 from pathlib import Path
 
 import pandas as pd
@@ -10,12 +10,14 @@ from torch import nn
 
 from ngc_etf.rows import Rows
 from ngc_etf.team import SharedBatchNorm
-from ngc_etf.experiment import get_experiment
-from ngc_etf.runner import run
-from ngc_etf.suite import chosen, estimate, suite_cells, to_do, train_main, train_parser
+from ngc_etf import rows as rows_module
+from ngc_etf.experiment import get_experiment, suite_cells
+from ngc_etf.runner import OutOfTime, run
+from ngc_etf.command import named_cells, train_main, train_parser
+from ngc_etf.suite import estimate, to_do
 from test_data import tree
 
-TRAIN = "from ngc_etf.suite import train_main; train_main()"
+TRAIN = "from ngc_etf.command import train_main; train_main()"
 QUIET = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
@@ -51,6 +53,8 @@ def birds_command(tmp_path, out, *more):
         "2",
         "--batch-size",
         "12",
+        "--precision",
+        "fp32",
         "--device",
         "cpu",
         "--data",
@@ -74,7 +78,7 @@ def test_folder_complaints(birds):
     (birds / "data" / "birds" / "train" / "n0001" / "3.jpeg").write_bytes(b"\xff\xd8\xff not a picture")
     for workers in ("0", "2"):
         says = refused(*birds_command(birds, "out", "--workers", workers))
-        assert "3.jpeg is damaged" in says and says.startswith("ngc_train: image ")
+        assert "3.jpeg cannot be read" in says and says.startswith("ngc_train: image ")
     assert not list((birds / "out").rglob("*.csv"))
     assert "expected one sub-folder a class" in refused(
         "--experiment", "folder:fish", "--data", birds / "data", "--out", birds / "out"
@@ -99,15 +103,15 @@ def test_a_failing_cell_stops_no_other(tmp_path, capsys):
     assert (
         "digits-net/fixed-s0 failed: " in said.err
         and "fixed-s0.json is damaged" in said.err
-        and said.out.count("epoch 2") == 3
+        and said.out.count("epoch 2") == 5
     )
-    assert sorted(p.stem for p in tmp_path.rglob("fixed-s?.csv")) == ["fixed-s0", "fixed-s1", "fixed-s1"]
+    assert sorted(p.stem for p in tmp_path.rglob("fixed-s?.csv")) == ["fixed-s0"] * 2 + ["fixed-s1"] * 3
     (blocked / "fixed-s0.json").unlink()
     train_main([*SUITE, "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "3 of 4 cells are done already" in said and "[1/1] digits-net/fixed-s0: epoch 2" in said
+    assert "5 of 6 cells are done already" in said and "[1/1] digits-net/fixed-s0: epoch 2" in said
     train_main([*SUITE, "--out", str(tmp_path), "--list"])
-    assert "4 of 4 done" in capsys.readouterr().out
+    assert "6 of 6 done" in capsys.readouterr().out
 
 
 def test_the_most_advanced_comes_first(tmp_path):
@@ -149,7 +153,7 @@ def test_the_switches_reach_the_description():
     args = train_parser().parse_args(
         ["--experiment", "digits-net", "--sampler", "authors", "--tail", "10", "--method", "fixed"]
     )
-    (exp,) = chosen(args)
+    (exp,) = named_cells(args)
     assert (exp.sampler, exp.tail, exp.stratified) == ("authors", 10.0, False)
 
 
@@ -188,17 +192,17 @@ def test_a_checkpoint_of_another_configuration(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 @pytest.mark.parametrize("suffix", [".csv", ".ckpt"])
 def test_a_full_disk(suffix, tmp_path, monkeypatch):
-    "In the third epoch the disk is full: the file is named, the rows so far are whole, and the run goes on when there is room."
-    exp, replace, count = get_experiment("digits-net", epochs=3, method="fixed"), Rows.replace, []
+    "In the third epoch the disk is full: the file is named, the rows so far are whole, and the run goes on."
+    exp, replace, count = get_experiment("digits-net", epochs=3, method="fixed"), rows_module._write_whole, []
     whole = run(exp, tmp_path / "whole", progress=False)
 
-    def full(self, path, write):
+    def full(path, write):
         count.extend([1] * (path.suffix == suffix))
         if path.suffix == suffix and len(count) == 3:
             path.with_name(path.name + ".part").symlink_to("/dev/full")
-        replace(self, path, write)
+        replace(path, write)
 
-    monkeypatch.setattr(Rows, "replace", full)
+    monkeypatch.setattr(rows_module, "_write_whole", full)
     says = refused(
         "--experiment",
         "digits-net",
@@ -247,11 +251,12 @@ def test_two_cells_on_the_local_cluster(tmp_path, capsys):
         ]
     )
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*-s0.csv")) == [
+        "clusters-100/fixed-s0.csv",
         "digits-net/fixed-s0.csv",
-        "ufm-10/fixed-s0.csv",
+        "ufm-10-short/fixed-s0.csv",
     ]
     said = capsys.readouterr().out
-    assert "[2/2] digits-net/fixed-s0: job" in said and "ufm-10/fixed-s0: epoch 2" in said
+    assert "[3/3] digits-net/fixed-s0: job" in said and "ufm-10-short/fixed-s0: epoch 2" in said
 
 
 def test_the_cluster_complains(tmp_path, monkeypatch):
@@ -313,7 +318,7 @@ def test_dry_runs_need_no_data(tmp_path, capsys):
         ]
     )
     said = capsys.readouterr().out
-    assert said.count("nearest-s0") == 3 and "images/s" in said and not list(tmp_path.rglob("*"))
+    assert said.count("nearest-s0") == 4 and "images/s" in said and not list(tmp_path.rglob("*"))
 
 
 def test_an_estimate_follows_the_sizes():
@@ -386,9 +391,10 @@ def torchrun(n, *argv, code=TRAIN):
     ],
 )
 def test_two_processes_write_the_rows_of_one(method, tmp_path):
-    """BatchNorm, class means, gradients and metrics are those of the whole batch: the rows agree to 1e-5 after 46 steps.
+    """BatchNorm, class means, gradients and metrics are the whole batch's: rows agree to 1e-5 after 46 steps.
 
-    In float64, for with gain 10 the training itself amplifies float32's rounding until it shows in the second digit."""
+    In float64, for with gain 10 the training amplifies float32's rounding until it shows in the second digit.
+    """
     argv = ["--experiment", "digits-net", "--method", method, "--epochs", "2", "--device", "cpu", "--out"]
     done = [
         torchrun(
@@ -446,3 +452,165 @@ def test_shared_batch_norm_is_batch_norm(tmp_path):
             torch.testing.assert_close(ours.state_dict()[k], v)
     finally:
         dist.destroy_process_group()
+
+
+# whose data
+
+
+def test_a_run_belongs_to_its_data(tmp_path):
+    "Another tree of the same name is refused, also half-way, and a class that was added is noticed."
+    for name, C in (("A", 3), ("B", 2)):
+        tree(tmp_path / name / "set", C=C, n=4)
+
+    def command(root, *more):
+        few = [
+            "--net",
+            "resnet18",
+            "--size",
+            "16",
+            "--epochs",
+            "2",
+            "--batch-size",
+            "8",
+            "--precision",
+            "fp32",
+        ]
+        return [
+            "--experiment",
+            "folder:set",
+            *few,
+            "--workers",
+            "0",
+            "--device",
+            "cpu",
+            "--method",
+            "standard",
+            "--data",
+            str(tmp_path / root),
+            "--out",
+            str(tmp_path / "out"),
+            *more,
+        ]
+
+    train_main(command("A"))
+    says = refused(*command("B"))
+    assert "is of a run on other data (" in says and "was 3, is 2" in says and "--again" in says
+    rows = Rows(get_experiment("folder:set", net="resnet18"), tmp_path / "out")
+    assert json.loads((rows.csv.parent / "standard-s0.json").read_text(encoding="utf-8"))["data"]
+    train_main(command("A"))  # as it was: nothing to do
+    shutil.copytree(tmp_path / "A" / "set" / "train" / "n0000", tmp_path / "A" / "set" / "train" / "n0009")
+    shutil.copytree(tmp_path / "A" / "set" / "val" / "n0000", tmp_path / "A" / "set" / "val" / "n0009")
+    assert "other data" in refused(*command("A"))
+    train_main(command("B", "--again"))
+    shutil.rmtree(tmp_path / "B")
+    train_main(command("B"))  # done, and there is nothing to compare it with
+
+
+@pytest.mark.parametrize("path", [".", "./", "../set", "set/../../set"])
+def test_a_folder_has_one_name(path, tmp_path):
+    (tmp_path / "set" / "set").mkdir(parents=True)
+    exp = get_experiment(f"folder:{path}", root=tmp_path / "set")
+    assert exp.stem == "set-resnet50/nearest-s0"
+
+
+# precision
+
+
+def test_auto_precision_is_settled_once(tmp_path, monkeypatch):
+    "By measurement before the first step; a run already begun keeps what it has."
+    import ngc_etf.runner as runner
+
+    exp = get_experiment("fashion-mnist-resnet18", precision="auto")
+    monkeypatch.setattr(runner, "_is_sound", lambda *a: True)
+    for speed, precision in ((2.0, "bf16"), (0.01, "fp32")):
+        monkeypatch.setattr(runner, "bf16_speed", lambda device: speed)
+        assert runner.settle_precision(exp, tmp_path / precision).precision == precision
+    rows = Rows(get_experiment("fashion-mnist-resnet18", precision="bf16"), tmp_path)
+    rows.append(1, train_loss=1.0)
+    rows.save()
+    assert runner.settle_precision(exp, tmp_path).precision == "bf16"
+    assert not Rows(exp, tmp_path).other
+    rows.csv.unlink(), rows.json.unlink()
+    rows.checkpoint(epoch=1)
+    assert runner.settle_precision(exp, tmp_path).precision == "bf16"
+    small = get_experiment("digits-net", precision="auto")
+    monkeypatch.setattr(runner, "bf16_speed", lambda device: 2.0)
+    assert runner.settle_precision(small, tmp_path).precision == "fp32"
+    monkeypatch.setattr(runner, "_is_sound", lambda *a: False)
+    assert runner.settle_precision(exp, tmp_path / "unsound").precision == "fp32"
+
+
+def test_slow_bf16_is_said_with_the_measured_ratio(tmp_path, monkeypatch):
+    monkeypatch.setattr("ngc_etf.runner.bf16_speed", lambda device: 1 / 200)
+    exp = get_experiment("digits-net", epochs=1, precision="bf16")
+    with pytest.warns(UserWarning, match="takes 200.0 times as long as in fp32") as said:
+        run(exp, tmp_path, device="cpu", progress=False)
+    assert len([w for w in said if "times as long" in str(w.message)]) == 1
+
+
+# where the sources come from
+
+
+def test_provenance_is_ours_or_none(tmp_path, monkeypatch):
+    "In this clone the commit; without metadata no exception; and it is asked before the first step."
+    from ngc_etf import machine
+
+    found = machine.provenance()
+    assert len(found["sources"]) == 12
+    copy = tmp_path / "theirs" / "ngc_etf"
+    shutil.copytree(Path(machine.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    for args in (
+        ["init", "-q"],
+        ["add", "-A"],
+        ["-c", "user.name=a", "-c", "user.email=b", "commit", "-qm", "x"],
+    ):
+        subprocess.run(["git", *args], cwd=copy.parent, check=True)
+    assert machine.provenance(copy)["commit"] and not machine.provenance(copy)["changed"]
+    (copy / "suite.py").write_text("changed", encoding="utf-8")
+    assert machine.provenance(copy)["changed"]
+    subprocess.run(["git", "rm", "-rq", "--cached", "ngc_etf"], cwd=copy.parent, check=True)
+    assert (
+        machine.provenance(copy)["commit"] == "" and machine.provenance(copy)["sources"] != found["sources"]
+    )
+    monkeypatch.setattr(
+        machine, "version", lambda name: (_ for _ in ()).throw(machine.PackageNotFoundError(name))
+    )
+    assert machine._version("ngc_etf") and machine._version("torch") is None
+
+
+# the questions of the evidence
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adamw", "schedule": "onecycle", "lr": 0.01},
+        {"optimizer": "sgd", "lr": 0.1},
+        {"alpha": "cumulative", "start": "haar", "scale_free": True},
+    ],
+)
+def test_variants_run_and_resume(changes, tmp_path, monkeypatch):
+    "Cut after the first epoch, a variant ends in the rows of an unbroken run."
+    for name in ("ufm-10", "clusters-100"):
+        exp = get_experiment(name, epochs=3, tag="variant", **changes)
+        whole = run(exp, tmp_path / "whole", device="cpu", progress=False)
+        checkpoint, late = Rows.checkpoint, []
+
+        def cut(self, **state):
+            checkpoint(self, **state)
+            if state["epoch"] == 1 and not late:
+                late.append(1)
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Rows, "checkpoint", cut)
+        if name == "ufm-10":  # stops by its deadline, which writes a checkpoint at once
+            with pytest.raises((KeyboardInterrupt, OutOfTime)):
+                run(exp, tmp_path / "cut", device="cpu", progress=False, deadline=1.0)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                run(exp, tmp_path / "cut", device="cpu", progress=False)
+        monkeypatch.setattr(Rows, "checkpoint", checkpoint)
+        rows = run(exp, tmp_path / "cut", device="cpu", progress=False)
+        one, two = (pd.read_csv(r.csv).drop(columns="seconds") for r in (whole, rows))
+        pd.testing.assert_frame_equal(one, two, check_exact=True)
+        assert rows.stored()["name"] == f"{name}-variant"
