@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .heads import Head, NearestETFHead
 from .means import as_labels
-from .streaming import measure_collapse
+from .evaluation import measure_collapse
 from .swap import _swap_for_data
 
 # %% ../nbs/10_callback.ipynb #c010

@@ -33,7 +33,7 @@ from .rows import Rows, check_data, parse_config, save_margins
 from .step import (
     Network, build_step, compile_network, learning_rate, loss_function, make_loaders, make_optimizer, network,
     open_data, restore)
-from .streaming import measure_collapse
+from .evaluation import measure_collapse
 from .team import Share, join_team, share_norms
 
 # %% ../nbs/11c_runner.ipynb #c006
