@@ -49,6 +49,11 @@ def _counts(tensors):
     if any(t.is_inference() for t in tensors): return None
     return [(weakref.ref(t), t._version) for t in tensors]
 
+def _is_unchanged(counts, tensors)->bool:
+    "Whether these are the tensors that were counted, and nobody has changed them since."
+    now = counts and _counts(tensors)
+    return bool(now) and all(a() is b() and m == n for (a, m), (b, n) in zip(counts, now))
+
 def _rows(U):
     "W (C, d), the simplex ETF of U, row by row in memory: product and gradient are three times faster so."
     return simplex_etf(U.shape[1], U=U).mT.contiguous()
@@ -84,9 +89,7 @@ class _DirectedHead(Head):
 
     def _is_sealed(self)->bool:
         "Whether only this head has changed U_prox and W: by torch's counts, and a look at eight classes."
-        now = self._sealed and _counts((self.U_prox, self.W))
-        if not now: return False
-        if any(a() is not b() or m != n for (a, m), (b, n) in zip(self._sealed, now)): return False
+        if not _is_unchanged(self._sealed, (self.U_prox, self.W)): return False
         few = slice(None, None, -(-self.C // 8))
         W = self.W[few]
         gram = self.C/(self.C-1) * (torch.eye(len(W), dtype=W.dtype, device=W.device) - 1/self.C)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .directed import _DirectedHead, _rows, direction
+from .directed import _DirectedHead, _counts, _is_unchanged, _rows, direction
 from .layer import Head, _once
 from .means import processes
 from .nearest import SOLVERS, nearest_etf
@@ -194,7 +194,7 @@ class NearestETFHead(_DirectedHead):
             raise ValueError(f"solve_every must be a whole number of steps from 1, got {solve_every!r}")
         self.delta, self.ddn_grad, self.solver = delta, ddn_grad, solver
         self.solve_every, self.lag = solve_every, lag
-        self._steps = None   # steps so far, where the host knows; else in the buffer means.t
+        self._known = None   # steps so far, and the state of the buffer means.t that they were read from
         self._begun = False  # whether the first step is known to be done
 
     def train_logits(self, x, y):
@@ -212,15 +212,15 @@ class NearestETFHead(_DirectedHead):
         return H if self.ddn_grad and not self.lag else H.detach()
 
     def _done(self)->int:
-        "Steps so far; read from the buffer only where the host has lost count."
-        if self._steps is not None: return self._steps
+        "Steps so far; read from the buffer only where somebody else has changed it."
+        if self._known and _is_unchanged(self._known[1], (self.means.t,)): return self._known[0]
         return 0 if self.means.t.is_meta else self.means.steps()
 
     def _eager(self, x, y):
         "W of this step (None where the last one is held) and h_G."
-        done, self._steps = self._done(), None  # lost, should the batch be refused
+        done = self._done()
         H, h_G = self.means(x, y)
-        self._steps, self._begun = done + 1, True
+        self._known, self._begun = (done + 1, _counts((self.means.t,))), True
         if done % self.solve_every: return None, h_G
         U_prox = _proximal(H, self.U_prox, done == 0, self.solver)
         U = _nearest(self._stream(H), U_prox, self.delta, self.solver)
@@ -232,7 +232,7 @@ class NearestETFHead(_DirectedHead):
         "The same as a graph."
         done, U_prox = self.means.t.clone(), _once(self.U_prox.to(x))
         asks = not (x.is_cuda and self._begun and self.solve_every == 1 and processes() == 1)
-        self._steps, self._begun = None, True
+        self._begun = True
         H, h_G = self.means(x, y)
         H = self._stream(H)
         if asks:
@@ -243,15 +243,9 @@ class NearestETFHead(_DirectedHead):
         self._store(U, W)
         return W, h_G
 
-    def train(self, mode:bool=True):
-        if mode != self.training:
-            self._steps = None  # in between others may have set the buffer
-        return super().train(mode)
-
-    def _restore(self, state):
-        super()._restore(state)
-        self._steps = None
-
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
-        self._steps, self._begun = None, False
+        self._begun = False
+
+    def __getstate__(self):
+        return super().__getstate__() | {"_known": None}

@@ -20,12 +20,16 @@ from .means import check_batch
 from .running import Stateful
 
 # %% ../nbs/04b_layer.ipynb #c007
+def _scale(h, tau):
+    "tau / |h|, row by row; 0 where h is 0."
+    norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
+    return (norm > 0) * tau / norm.clamp(min=1e-12)
+
 class _OnSphere(torch.autograd.Function):
     "x = tau h / |h|, row by row, and the scale s = tau / |h|."
     @staticmethod
     def forward(ctx, h, tau):
-        norm = torch.linalg.vector_norm(h, dim=1, keepdim=True)
-        scale = (norm > 0) * tau / norm.clamp(min=1e-12)
+        scale = _scale(h, tau)
         x = h * scale
         ctx.save_for_backward(x, scale)
         ctx.set_materialize_grads(False)
@@ -184,9 +188,9 @@ class Head(_Repeatable):
         h = h.to(torch.promote_types(torch.promote_types(h.dtype, self.W.dtype), torch.float32))
         if not self.normalise: return h
         if not self.training: return self.tau * F.normalize(h, dim=-1)
-        if not torch.compiler.is_compiling(): return _OnSphere.apply(h, self.tau)[0]
-        norm = torch.linalg.vector_norm(h, dim=1, keepdim=True)  # a compiler joins the passes itself
-        return h * ((norm > 0) * self.tau / norm.clamp(min=1e-12))
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return h * _scale(h, self.tau)  # a compiler joins the passes itself
+        return _OnSphere.apply(h, self.tau)[0]
 
     def forward(self,
         h:Tensor,      # (N, d) raw features from the body

@@ -1,5 +1,6 @@
 "Two and four gloo processes: equal to each other exactly, and to one process on the joined batch to 1e-5."
 
+import copy
 import socket
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import ngc_etf.heads as heads
+import ngc_etf.means as means
 from ngc_etf.heads import FixedETFHead, NearestETFHead
 from ngc_etf.simplex import haar_direction
 
@@ -264,3 +266,41 @@ def test_sharded_parameters_and_checkpointed_blocks(reentrant, tmp_path):
     identical(ranks)
     close(one.state_dict(), ranks[0]["state"], 1e-9)
     assert ranks[0]["state"]["head.part.means.t"] == STEPS
+
+
+def compiled(rank, sizes, port, setup, out):
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=len(sizes))
+    setup(rank)
+    for kind in (NearestETFHead, FixedETFHead):
+        eager = Net(kind, torch.float64)
+        twin = copy.deepcopy(eager)
+        graph = torch.compile(twin, backend="aot_eager", fullgraph=True)
+        for batch in batches(sizes, torch.float64, late=True):
+            x, y = batch[rank]
+            logits = [net(x, y) for net in (eager, graph)]
+            for z in logits:
+                F.cross_entropy(z, y).backward()
+            assert torch.allclose(*logits, rtol=0, atol=1e-9)
+        assert torch.allclose(eager.body.weight.grad, twin.body.weight.grad, rtol=0, atol=1e-6)
+    torch.save({"state": twin.state_dict()}, f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+_REDUCE = getattr(getattr(means, "all_reduce", None), "__module__", "")
+_TRACED = _REDUCE != "torch.distributed.nn.functional"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _TRACED, reason="class sums take an all-reduce that torch.compile cannot trace")
+@pytest.mark.parametrize("setup", [same_everywhere, another_device])
+def test_compiled_on_two_processes(setup, tmp_path):
+    "One graph, collectives included; also where the ranks take the solution of rank 0."
+    sizes = (16, 16)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    args = (sizes, port, setup, str(tmp_path))
+    mp.start_processes(compiled, args, nprocs=len(sizes), start_method="fork")
+    identical([torch.load(f"{tmp_path}/{r}.pt") for r in range(len(sizes))])

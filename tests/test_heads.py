@@ -708,3 +708,21 @@ def test_importing_a_head_imports_torch_and_numpy_only():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not set(HEAVY) & set(out.split()), out
+
+
+@pytest.mark.parametrize("Head", HEADS)
+def test_functional_calls(Head):
+    "Buffers given from outside, as torch.func does it: steps are counted there, not in the head."
+    head, body, y = Head(D, C), nn.Linear(8, D), torch.arange(N) % C
+    x, state = torch.randn(N, 8), dict(head.named_parameters()) | dict(head.named_buffers())
+    parameters = dict(body.named_parameters())
+
+    def loss(parameters):
+        h = torch.func.functional_call(body, parameters, (x,))
+        copies = {name: value.clone() for name, value in state.items()}
+        return F.cross_entropy(torch.func.functional_call(head, copies, (h, y)), y)
+
+    grads = [torch.func.grad(loss)(parameters) for _ in range(2)][1]
+    F.cross_entropy(head(body(x), y), y).backward()
+    for name, p in body.named_parameters():
+        assert torch.allclose(grads[name], p.grad, atol=1e-6)
