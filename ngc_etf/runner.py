@@ -27,13 +27,19 @@ from tqdm.auto import tqdm
 from .callback import NearestETF
 from .catalogue import UFM
 from .data import fingerprint
+from .evaluation import measure_collapse
 from .experiment import TRACKERS, Experiment
 from .machine import bf16_speed, environment
 from .rows import Rows, check_data, parse_config, save_margins
 from .step import (
+<<<<<<< HEAD
     Network, build_step, compile_network, learning_rate, loss_function, make_loaders, make_optimizer, network,
     open_data, restore)
 from .evaluation import measure_collapse
+=======
+    Network, _learning_rate, _loss_function, _make_optimizer, build_step, compile_network, make_loaders,
+    network, open_data, restore)
+>>>>>>> h7
 from .team import Share, join_team, share_norms
 
 # %% ../nbs/11c_runner.ipynb #c006
@@ -77,7 +83,7 @@ def _run_ufm(exp, rows, device="cpu", progress=True, deadline=None):
     bar = tqdm(steps, desc=exp.stem, disable=not progress or None, mininterval=.5)
     for t in bar:
         for group in training.opt.param_groups:
-            group["lr"] = learning_rate(exp, (t - 1) / exp.epochs)
+            group["lr"] = _learning_rate(exp, (t - 1) / exp.epochs)
         training.step()
         seconds = time.perf_counter() - begun
         if exp.due(t):
@@ -118,7 +124,7 @@ class Record(Callback):
     def before_batch(self):
         if self.exp.schedule == "none" or not self.training: return
         t = (self.begun + self.epoch + self.iter / self.n_iter) / self.exp.epochs
-        self.opt.set_hypers(lr=learning_rate(self.exp, t))
+        self.opt.set_hypers(lr=_learning_rate(self.exp, t))
 
     def after_batch(self):
         if not self.training: return
@@ -203,8 +209,8 @@ def _learner(exp, rows, data, dls, device, compile, world_size):
     compiled = compile and compile_network(net, *_sample(dls.train, device))
     rows.C = data.C
     rows.about = {"device": str(device), "processes": world_size, "compiled": compiled}
-    opt = partial(OptimWrapper, opt=partial(make_optimizer, exp))
-    loss = CrossEntropyLossFlat() if exp.loss == "ce" else loss_function(exp)  # as fastai knows it
+    opt = partial(OptimWrapper, opt=partial(_make_optimizer, exp))
+    loss = CrossEntropyLossFlat() if exp.loss == "ce" else _loss_function(exp)  # as fastai knows it
     learn = Learner(dls, net, loss, lr=exp.lr, opt_func=opt, path=rows.csv.parent)
     learn.remove_cb(ProgressCallback)
     learn.create_opt()
@@ -240,7 +246,7 @@ def _run_images(exp, rows, data, device="cpu", progress=True, workers=4, compile
     if begun >= exp.epochs: return
     if world_size > 1:
         learn.model = DistributedDataParallel(net, broadcast_buffers=False)
-        extra.append(Share(world_size))
+        extra.append(Share(world_size, scale=exp.loss == "ce"))
     record = Record(rows, net, loaders, begun, state.get("seconds", 0.), progress, deadline)
     with learn.no_bar(), learn.no_logging():
         learn.fit(exp.epochs - begun, cbs=[NearestETF(verbose=False), record, *extra])
