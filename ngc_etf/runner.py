@@ -32,14 +32,8 @@ from .experiment import TRACKERS, Experiment
 from .machine import bf16_speed, environment
 from .rows import Rows, check_data, parse_config, save_margins
 from .step import (
-<<<<<<< HEAD
-    Network, build_step, compile_network, learning_rate, loss_function, make_loaders, make_optimizer, network,
-    open_data, restore)
-from .evaluation import measure_collapse
-=======
     Network, _learning_rate, _loss_function, _make_optimizer, build_step, compile_network, make_loaders,
     network, open_data, restore)
->>>>>>> h7
 from .team import Share, join_team, share_norms
 
 # %% ../nbs/11c_runner.ipynb #c006
