@@ -150,12 +150,13 @@ def floor_of(
     description:dict, # of a run, as `load_rows` returns it: "experiment" and "C"
 )->float:             # None where there is none
     "The least cross-entropy that a run can reach."
-    from ngc_etf.floor import cross_entropy_floor
+    from ngc_etf.floor import cross_entropy_bound, cross_entropy_floor
     exp, C = description["experiment"], description["C"]
     if exp["method"] == "standard-no-norm": return None
     relu = exp["data"] not in UFM and exp["net"].startswith(_RELU)
     counts = _counts(exp, C)
-    return cross_entropy_floor(C, exp["tau"], relu, **({"counts": counts} if counts else {}))
+    learned = counts and exp["method"].startswith("standard")
+    return (cross_entropy_bound if learned else cross_entropy_floor)(C, exp["tau"], relu, counts)
 
 # %% ../nbs/12_figures.ipynb #c023
 #| code-fold: true

@@ -20,7 +20,7 @@ from .catalogue import UFM
 from .claims import Evidence, judge, read_evidence, sentences
 from .experiment import SUITES
 from .figures import _png, classes_grow, floor_of, has_curves, panels, save_figure, step_times
-from .machine import _say, _start_command
+from .machine import _say, _speaking_as
 from .outcomes import _epochs_to, _runs, coverage, summary, sweep_table
 from .rows import by_experiment, check_rows
 from .tables import _TITLES, Cell, _verdict, accuracy_table, memory_table, verdict_table
@@ -210,7 +210,7 @@ def _settings(about, name):
         pairs = ", ".join(map(str, both))
         raise ValueError(f"the runs of {name} do not belong together: (C, tau) are {pairs}")
     floors = [floor for floor in map(floor_of, runs.values()) if floor is not None]
-    return runs, both[0][0], floors[0] if floors else None
+    return runs, both[0][0], max(floors, default=None)
 
 def _first_at_99(group):
     "Which method classified 99% of the training set first, in words."
@@ -277,8 +277,8 @@ def _of_all(evidence, tables, figures):
 # %% ../nbs/12d_report.ipynb #c022
 #| code-fold: true
 _LINES = (
-    "In the figures, lines are medians over seeds, bands run from the least to the greatest, and dotted lines "
-    "are what collapse predicts."
+    "In the figures, lines are medians over seeds, bands run from the least to the greatest, and dotted "
+    "lines are what collapse predicts."
 )
 
 def html_report(
@@ -337,12 +337,12 @@ def report_main(
 ):
     "The command `ngc_report`."
     args = _parser().parse_args(argv)
-    _start_command("ngc_report")
     import matplotlib
     matplotlib.use("agg")
     try:
         if args.suite and not args.check: raise ValueError("--suite goes with --check")
-        _print_report(args)
+        with _speaking_as("ngc_report"):
+            _print_report(args)
     except (ValueError, OSError) as e:
         sys.exit(f"ngc_report: {e}")
     except KeyboardInterrupt:
