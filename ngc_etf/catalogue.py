@@ -57,11 +57,8 @@ DATASETS = {
 }
 
 # %% ../nbs/07a_catalogue.ipynb #c013
-def _clusters(
-    C:int,           # number of classes
-    noise:float=1.6, # standard deviation within a class; the class means have standard deviation 1
-)->DataSpec:
-    "A data set of vectors that is drawn, not read."
+def _clusters(C:int, noise:float=1.6)->DataSpec:
+    "Vectors that are drawn, not read; the class means have standard deviation 1."
     return DataSpec(C, (12_000, 4_000, 48, 1), noise=noise)
 
 DATASETS |= {f"clusters-{C}": _clusters(C) for C in (10, 30, 100, 200)}

@@ -16,7 +16,7 @@ from functools import partial
 
 from .catalogue import UFM
 from .experiment import EXPERIMENTS, METHODS, SUITES, TRACKERS, get_experiment, suite_cells
-from .machine import _say, _speaking_as
+from .machine import _say, _speaking_as, _wait_passively
 
 # %% ../nbs/11e_command.ipynb #c006
 #| code-fold: true
@@ -184,6 +184,7 @@ def _act(args, begun):
     if args.jobs is not None and (args.suite is None or args.jobs < 1):
         raise ValueError("--jobs N, at least 1, goes with --suite")
     deadline = begun + _seconds(args.budget) if args.budget else None
+    _wait_passively()
     if args.dry_run:
         return _dry_run(cells, args)
     from ngc_etf.suite import run_cells, run_jobs, submit, to_do

@@ -54,15 +54,13 @@ class TensorData:
 # %% ../nbs/08_data.ipynb #c011
 def fingerprint(
     data,   # `TensorData` or `FolderData`
-)->dict:    # as JSON takes it; two data sets are the same if and only if these are equal
+)->dict:    # as JSON takes it: classes, sizes, and a hash
     "What identifies a data set, however it is stored."
     return data.fingerprint()
 
 # %% ../nbs/08_data.ipynb #c014
-def _clusters(
-    spec:DataSpec,  # of the data set: C, sizes, noise
-)->tuple:           # (x, y) of train, (x, y) of test
-    "Gaussian classes bent by a random map; vectors (N, k) float32, balanced, the same in every run."
+def _clusters(spec:DataSpec)->tuple:
+    "(x, y) of train and (x, y) of test: Gaussian classes bent by a random map, the same in every run."
     n_train, n_test, k, _ = spec.shape
     rng = np.random.RandomState(0)
     A = rng.standard_normal((k, k)) / k**.5
@@ -75,9 +73,8 @@ def _clusters(
     return draw(n_train), draw(n_test)
 
 # %% ../nbs/08_data.ipynb #c019
-def _digits(
-)->tuple:  # (x, y) of train, (x, y) of test
-    "scikit-learn's digits, in a fixed stratified split."
+def _digits()->tuple:
+    "(x, y) of train and (x, y) of test: scikit-learn's digits, in a fixed stratified split."
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
     raw = load_digits()
@@ -97,12 +94,8 @@ class _ArrayUnpickler(pickle.Unpickler):
         if known in self.parts: return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it would call {module}.{name}, which no file of arrays needs")
 
-def _cifar(
-    folder:Path,  # the folder of the pickled batches
-    files,        # their names
-    key:str,      # "labels" or "fine_labels"
-)->tuple:         # x, y
-    "The images and labels of CIFAR's pickled batches: rows of 3,072 bytes."
+def _cifar(folder:Path, files, key:str)->tuple:
+    "(x, y) of CIFAR's pickled batches, rows of 3,072 bytes; `key` is labels or fine_labels."
     parts = []
     for name in files:
         with open(folder/name, "rb") as file:
@@ -112,39 +105,27 @@ def _cifar(
     return torch.from_numpy(x).reshape(-1, 3, 32, 32), torch.tensor(y)
 
 # %% ../nbs/08_data.ipynb #c024
-def _stl10(
-    folder:Path,  # the folder of the binaries
-    split:str,    # "train" or "test"
-)->tuple:         # x, y
-    "The images and labels of STL10's binaries."
+def _stl10(folder:Path, split:str)->tuple:
+    "(x, y) of STL10's binaries; the split is train or test."
     x, y = (torch.from_numpy(np.fromfile(folder/f"{split}_{k}.bin", dtype=np.uint8)) for k in "Xy")
     return x.reshape(-1, 3, 96, 96).mT.contiguous(), y.long() - 1
 
-def _idx(
-    file:Path,  # of MNIST's format
-)->Tensor:      # uint8, of the shape that the file names
-    "An idx file of bytes."
+def _idx(file:Path)->Tensor:
+    "An idx file of bytes, as a tensor of the shape that it names."
     raw = file.read_bytes()
     if raw[:3] != b"\0\0\x08": raise ValueError(f"{file.name} is no idx file of bytes")
     ndim = raw[3]
     shape = np.frombuffer(raw, ">i4", ndim, 4).tolist()
     return torch.from_numpy(np.frombuffer(raw, np.uint8, -1, 4 + 4*ndim).reshape(shape).copy())
 
-def _fashion(
-    folder:Path,  # FashionMNIST/raw
-    split:str,    # "train" or "t10k"
-)->tuple:         # x, y
-    "The images and labels of Fashion-MNIST's idx files."
+def _fashion(folder:Path, split:str)->tuple:
+    "(x, y) of Fashion-MNIST's idx files; the split is train or t10k."
     x, y = _idx(folder/f"{split}-images-idx3-ubyte"), _idx(folder/f"{split}-labels-idx1-ubyte")
     return x[:, None], y
 
 # %% ../nbs/08_data.ipynb #c025
-def _read(
-    name:str,       # a known data set
-    spec:DataSpec,  # what is known of it
-    folder:Path,    # of its files
-)->tuple:           # (x, y) of train, (x, y) of test
-    "The samples of a data set, as its files hold them."
+def _read(name:str, spec:DataSpec, folder:Path)->tuple:
+    "(x, y) of train and (x, y) of test, as the files in the folder hold them."
     if spec.read: return spec.read(folder)
     if spec.noise: return _clusters(spec)
     if name == "digits": return _digits()
@@ -154,10 +135,7 @@ def _read(
     return _cifar(folder, files, key), _cifar(folder, spec.files[-1:], key)
 
 # %% ../nbs/08_data.ipynb #c027
-def _download(
-    spec:DataSpec,  # of the data set
-    root:Path,      # folder of all data sets
-):
+def _download(spec:DataSpec, root:Path):
     "Fetch what is missing through torchvision, which verifies hashes; STL10's unlabelled images may lack."
     from torchvision import datasets
     from torchvision.datasets import utils
@@ -169,11 +147,7 @@ def _download(
     if not all(utils.check_integrity(folder/f, md5) for f, md5 in hashes):
         utils.download_and_extract_archive(cls.url, root, filename=cls.filename, md5=cls.tgz_md5)
 
-def _checked(
-    x:Tensor,     # (N, ch, H, W) or (N, k)
-    y:Tensor,     # (N,)
-    C:int,        # number of classes
-)->tuple:         # x, y
+def _checked(x:Tensor, y:Tensor, C:int)->tuple:
     "The split itself, or a `ValueError` saying what is wrong with it."
     fine = (x.dtype, x.ndim) in ((torch.uint8, 4), (torch.float32, 2)) and len(x)
     if not fine: raise ValueError(f"samples of shape {tuple(x.shape)}, {x.dtype}")
@@ -212,10 +186,7 @@ def load_data(
     mean, std = _constants(spec, train[0])
     return TensorData(name, spec.C, mean, std, train, test, spec.pad, spec.flip)
 
-def _constants(
-    spec:DataSpec,  # of the data set
-    x:Tensor,       # training samples
-)->tuple:           # mean, std
+def _constants(spec:DataSpec, x:Tensor)->tuple:
     "Mean and standard deviation per channel: as published, or measured; none for vectors."
     if spec.mean or x.ndim == 2: return spec.mean or (), spec.std or ()
     std, mean = torch.std_mean(x/255, (0, 2, 3))

@@ -8,6 +8,7 @@ __all__ = ['FolderData', 'folder_data', 'FolderLoader', 'folder_loaders']
 # %% ../nbs/08c_folders.ipynb #c003
 import hashlib
 import os
+import warnings
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
@@ -25,16 +26,12 @@ from .batches import BatchLoader, StratifiedBatchSampler
 # %% ../nbs/08c_folders.ipynb #c006
 _ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-def _visible_folders(
-    folder:Path,  # one sub-folder a class
-)->list:          # names in order
+def _visible_folders(folder:Path)->list:
     "The classes of one half of a tree."
     return sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
 
-def _image_files(
-    folder:Path,  # of a class
-)->list:          # paths in order
-    "The image files below a folder, hidden ones left out."
+def _image_files(folder:Path)->list:
+    "Paths of the image files below a folder, in order, hidden ones left out."
     found = []
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [f for f in folders if not f.startswith(".")]
@@ -42,10 +39,8 @@ def _image_files(
     return [os.path.join(*pair) for pair in sorted(found)]
 
 # %% ../nbs/08c_folders.ipynb #c007
-def _list_images(
-    folder:Path,  # one sub-folder a class
-)->dict:          # class -> paths; every class has some
-    "The images of one half of a tree; `FileNotFoundError` where there are no classes, or one without images."
+def _list_images(folder:Path)->dict:
+    "class -> paths of one half of a tree; `FileNotFoundError`: no classes, or one without images."
     files = {name: _image_files(folder/name) for name in _visible_folders(folder)}
     empty = [name for name, paths in files.items() if not paths]
     if not files:
@@ -56,10 +51,8 @@ def _list_images(
     return files
 
 # %% ../nbs/08c_folders.ipynb #c010
-def _from_16_bits(
-    pic:Image.Image,  # of mode I;16, or of mode I where the file's format has 16 bits at most
-)->Image.Image:       # of mode L
-    "A grey image of up to 16 bits a pixel, scaled to 8."
+def _from_16_bits(pic:Image.Image)->Image.Image:
+    "A grey image of mode L, scaled from up to 16 bits a pixel."
     bits = getattr(pic, "tag_v2", {}).get(258, 16)  # of a TIFF; 258 is BitsPerSample
     top = 2**int(bits[0] if isinstance(bits, tuple) else bits) - 1
     v = np.asarray(pic).astype(np.int64)
@@ -67,18 +60,16 @@ def _from_16_bits(
 
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation -> `Image.Transpose`
 
-def _turn(
-    pic:Image.Image,  # just opened
-):                    # for `Image.transpose`; None where the picture is upright or does not say
-    "What turns a photograph upright, from its EXIF data; damaged data say nothing."
-    try:
-        return _TURNS.get(pic.getexif().get(274))  # Orientation
-    except Exception:
-        return None
+def _turn(pic:Image.Image):
+    "What `Image.transpose` must do to turn a photograph upright, or None; damaged EXIF data say nothing."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return _TURNS.get(pic.getexif().get(274))  # Orientation
+        except Exception:
+            return None
 
-def _as_rgb(
-    pic:Image.Image,  # of any mode
-)->Image.Image:       # of mode RGB
+def _as_rgb(pic:Image.Image)->Image.Image:
     "A picture in 8-bit colours, upright; `ValueError` where no range of its pixels is defined."
     turn = _turn(pic)
     if pic.mode.startswith("I;16") or (pic.mode == "I" and pic.format in ("PNG", "PPM")):
@@ -99,9 +90,7 @@ class _ImageError(ValueError):
     ):
         super().__init__(message.strip().rpartition("\n")[2].rpartition("_ImageError: ")[2])
 
-def _read_image(
-    path:str,         # of the file
-)->Image.Image:       # of mode RGB
+def _read_image(path:str)->Image.Image:
     "An image as a viewer shows it, or an error that names the file."
     try:
         with Image.open(path) as pic:
@@ -138,10 +127,7 @@ class _Windows(torch.utils.data.Dataset):
         window = pic.crop((left, top, left + self.size, top + self.size))
         return torch.from_numpy(np.array(window)).permute(2, 0, 1).contiguous(), self.targets[i]
 
-def _resize(
-    pic:Image.Image,  # any size
-    short:int,        # pixels of the shorter side after
-)->Image.Image:
+def _resize(pic:Image.Image, short:int)->Image.Image:
     "The picture with its shorter side of a given length, the ratio of its sides kept."
     w, h = pic.size
     return pic.resize((short, short*h // w) if w <= h else (short*w // h, short), Image.Resampling.BILINEAR)

@@ -129,6 +129,30 @@ def bf16_speed(
 
 # %% ../nbs/10b_machine.ipynb #c019
 #| code-fold: true
+_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}  # of GNU's and of Intel's OpenMP
+
+def _idle_share(seconds=.1):
+    "The share of processor time that was idle just now; None where the system does not say."
+    def times():
+        with open("/proc/stat", encoding="ascii") as f:
+            return [int(x) for x in f.readline().split()[1:]]
+    try:
+        before = times()
+        time.sleep(seconds)
+        spent = [b - a for a, b in zip(before, times())]
+    except (OSError, ValueError):
+        return None
+    return (spent[3] + spent[4]) / max(sum(spent), 1)  # idle, and waiting for a disk
+
+def _wait_passively():
+    "On a busy machine, threads that sleep while they wait; before torch is imported, and if nothing is set."
+    if "torch" in sys.modules or {*_WAITING, "GOMP_SPINCOUNT"} & {*os.environ}: return
+    idle = _idle_share()
+    if idle is not None and idle < .5:
+        os.environ.update(_WAITING)
+
+# %% ../nbs/10b_machine.ipynb #c022
+#| code-fold: true
 @contextmanager
 def _speaking_as(prog):
     "What every command does around its work, torch's import included."

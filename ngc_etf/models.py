@@ -59,17 +59,14 @@ def mlp(
 # %% ../nbs/09_models.ipynb #c016
 PAPER_BODIES = ("resnet18", "resnet50", "vgg13")  # the networks of Tables 1 and 2
 
-def _torchvision(
-    name:str,         # a classification network
-    pretrained:bool,  # with its default weights
-)->tuple:             # network without classifier, d
+def _torchvision(name:str, pretrained:bool)->tuple:
     "A torchvision network that returns what entered its last linear layer; a VGG's average pool instead."
     from torchvision import models
     known = models.list_models(module=models)
     if name == "vgg13":
         name = "vgg13_bn"
     if name not in known:
-        raise ValueError(f"unknown network name={name!r}; known: digits, mlp, timm:NAME, {', '.join(known)}")
+        raise ValueError(f"unknown network name={name!r}; known: digits, timm:NAME, mlp, {', '.join(known)}")
     net = models.get_model(name, weights="DEFAULT" if pretrained else None)
     if isinstance(net, models.VGG):
         d = [m for m in net.features if isinstance(m, nn.Conv2d)][-1].out_channels
@@ -82,10 +79,7 @@ def _torchvision(
     return net, d
 
 # %% ../nbs/09_models.ipynb #c017
-def _timm(
-    name:str,         # without the prefix
-    pretrained:bool,  # with its default weights
-)->tuple:             # network without classifier, d
+def _timm(name:str, pretrained:bool)->tuple:
     "A timm network without its classifier."
     if not importlib.util.find_spec("timm"):
         raise ValueError(f"network name='timm:{name}' needs the package timm: pip install 'ngc_etf[timm]'")
@@ -105,11 +99,7 @@ class _Grey(nn.Module):
         return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
 
 # %% ../nbs/09_models.ipynb #c021
-def _small(
-    name:str,       # "digits", "mlp", or either with "-WIDTH"
-    width,          # overrides the name's, where given
-    inputs:int,     # of `mlp`
-)->tuple:           # network, d; None where the name is another's
+def _small(name:str, width, inputs:int)->tuple:
     "One of this project's own networks by name."
     kind, _, number = name.partition("-")
     if kind not in ("digits", "mlp") or not (number or "1").isdecimal(): return None

@@ -27,13 +27,13 @@ from tqdm.auto import tqdm
 from .callback import NearestETF
 from .catalogue import UFM
 from .data import fingerprint
+from .evaluation import measure_collapse
 from .experiment import TRACKERS, Experiment
 from .machine import bf16_speed, environment
 from .rows import Rows, check_data, parse_config, save_margins
 from .step import (
     Network, build_step, compile_network, learning_rate, loss_function, make_loaders, make_optimizer, network,
     open_data, restore)
-from .streaming import measure_collapse
 from .team import Share, join_team, share_norms
 
 # %% ../nbs/11c_runner.ipynb #c006
@@ -240,7 +240,7 @@ def _run_images(exp, rows, data, device="cpu", progress=True, workers=4, compile
     if begun >= exp.epochs: return
     if world_size > 1:
         learn.model = DistributedDataParallel(net, broadcast_buffers=False)
-        extra.append(Share(world_size))
+        extra.append(Share(world_size, scale=exp.loss == "ce"))
     record = Record(rows, net, loaders, begun, state.get("seconds", 0.), progress, deadline)
     with learn.no_bar(), learn.no_logging():
         learn.fit(exp.epochs - begun, cbs=[NearestETF(verbose=False), record, *extra])

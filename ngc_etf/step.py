@@ -26,6 +26,7 @@ from .data import balanced_labels, load_data, with_long_tail
 from .experiment import METHODS, Experiment
 from .folders import FolderData, folder_data, folder_loaders
 from .heads import Head
+from .losses import nonl, ntce
 from .models import body
 from .procrustes import at_least_float32
 from .streaming import NeuralCollapse
@@ -36,8 +37,7 @@ def _head_fields(exp, C):
     "The arguments that a description has for its head."
     if not exp.method.startswith("nearest"): return {"tau": exp.tau}
     delta = scale_free_delta(C) if exp.scale_free else exp.delta
-    lag = {"lag": True} if exp.lag else {}
-    return {"tau": exp.tau, "delta": delta, "alpha": exp.alpha, "start": exp.start} | lag
+    return {"tau": exp.tau, "delta": delta, "alpha": exp.alpha, "start": exp.start, "lag": exp.lag}
 
 def make_head(
     exp,        # `Experiment`, or the name of a method
@@ -100,9 +100,7 @@ def loss_function(
     exp:Experiment, # names the loss
 ):                  # (logits (N, C), labels (N,)) -> scalar
     "The loss that is trained; what is evaluated is always cross-entropy."
-    if exp.loss == "ce": return F.cross_entropy
-    from ngc_etf import losses
-    return getattr(losses, exp.loss)
+    return {"ce": F.cross_entropy, "ntce": ntce, "nonl": nonl}[exp.loss]
 
 def make_optimizer(
     exp:Experiment, # names the optimiser

@@ -24,7 +24,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from .experiment import Experiment
-from .machine import _say, _speaking_as, take_turns
+from .machine import _say, _speaking_as, _wait_passively, take_turns
 from .rows import Rows, _interrupted
 
 # %% ../nbs/11d_suite.ipynb #c006
@@ -116,6 +116,7 @@ def _child():
     given = json.loads(sys.stdin.read())
     try:
         with _speaking_as("ngc_train"):
+            _wait_passively()
             from ngc_etf.runner import run
             exp = Experiment(**given["experiment"] | {"at": tuple(given["experiment"]["at"])})
             _say(_last_row(run(exp, progress=False, **given["arguments"])))

@@ -7,6 +7,7 @@ __all__ = ['last_linear', 'swap_head']
 
 # %% ../nbs/05a_swap.ipynb #c003
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -80,25 +81,29 @@ def _call(model, example):
     return model(*_two(dict(enumerate(args))).values())
 
 # %% ../nbs/05a_swap.ipynb #c013
-def _note(calls, name, module, args, output):
-    "A forward hook: what `name` puts out, and whether it stays as it is."
+def _note(calls, name, flipped, module, args, output):
+    "A forward hook: what `name` puts out, and whether it stays as it is; changed if it is to be flipped."
     calls.pop(name, None)
     calls[name] = (output, output._version if isinstance(output, Tensor) else None)
+    return 1 - output if flipped else None
 
 def _watch(
     model:nn.Module, # to run
     example,         # its inputs
     watched:dict,    # {name: module}
+    flip:str="",     # name of a module whose output is to be changed on the way
 )->dict:             # {name: (output, its version)}, in the order of execution
     "What these modules put out in one pass at evaluation; the model is left as it was."
     calls, modes = {}, [(m, m.training) for m in model.modules()]
-    hooks = [m.register_forward_hook(partial(_note, calls, n)) for n, m in watched.items()]
+    hooks = [m.register_forward_hook(partial(_note, calls, n, n == flip != "")) for n, m in watched.items()]
+    compiled = any(m._compiled_call_impl is not None for m, _ in modes)  # there hooks would not be called
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     forked = [device] if device.type == "cuda" else []
     try:
         for m, _ in modes:
             m.training = False  # not by eval(), which may do more
-        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(forked):
+        with eager, torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(forked):
             _call(model, example)
     except Exception as e:
         raise _CannotRun(f"the example does not run through {type(model).__name__}: {e}") from e
@@ -137,17 +142,25 @@ def _makers(calls:dict, out:Tensor)->list:
     return equal or [n for n, z in kept.items() if _is_derived(z, out)]
 
 # %% ../nbs/05a_swap.ipynb #c016
+def _runner(model:nn.Module)->nn.Module:
+    "What to call: the model, or the one part with linear layers of a model that has no forward of its own."
+    forward = type(model).forward
+    if forward is not nn.Module.forward and "lightning" not in forward.__module__.split(".")[0]: return model
+    parts = [m for n, m in model.named_children() if not _is_passed(n, m) and _layers(n, m)]
+    return _runner(parts[0]) if len(parts) == 1 else model
+
 def _trace(model:nn.Module, at:str, example)->dict: # {name: layer}
     "The classifiers that make the output of the part `at` of the model, one if all is well."
-    top = model.get_submodule(at)
+    runner, top = _runner(model), model.get_submodule(at)
     layers = _layers(at, top)
-    calls = _watch(model, example, layers | {None: top})
-    out, _ = calls.pop(None, (None, None))
-    made = [names for names in (_makers(calls, t) for t in _tensors(out)) if names]
-    order = [*calls]
+    watch = partial(_watch, runner, example, layers | {None: top if at else runner})
+    calls = watch()
+    made = [names for names in (_makers(calls, t) for t in _tensors(calls.pop(None, [None])[0])) if names]
     for names in made:
-        later = [n for others in made for n in others if order.index(n) > order.index(names[0])]
-        if all(_size(layers[n])[0] != _size(layers[names[0]])[1] for n in later):  # feeds none of them
+        others = {n for group in made for n in group if n not in names}
+        flipped = watch(flip=names[0]) if others else {}
+        kept = [n for n in others if n in flipped and torch.equal(flipped[n][0], calls[n][0])]
+        if len(kept) == len(others):  # feeds none of them
             return {n: layers[n] for n in names}
     return {}
 
@@ -186,7 +199,8 @@ def _ends(name:str, module:nn.Module)->dict: # {name: layer}, the likeliest last
     if _size(module) is not None: return {name: module}
     if hasattr(module, "get_classifier"):
         layer = module.get_classifier()
-        return {next((_join(name, n) for n, m in module.named_modules() if m is layer), name): layer}
+        place = next((_join(name, n) for n, m in module.named_modules() if m is layer), name)
+        return _ends(place, layer) if isinstance(layer, nn.Module) and layer is not module else {place: layer}
     children = [(n, m) for n, m in module.named_children() if not _is_passed(n, m)]
     if not children: return {name: module}
     last, child = children[-1]
@@ -257,8 +271,10 @@ def _new_head(make, d:int, C:int, project:bool)->tuple:
 
 def _reset_classes(model:nn.Module, name:str, C:int)->None:
     "Another number of classes for the outermost part of the model that knows its classifier, as timm's do."
-    for _, part in model.named_modules():
-        if hasattr(part, "get_classifier") and part.get_classifier() is model.get_submodule(name):
+    layer = model.get_submodule(name)
+    for part in model.modules():
+        theirs = part.get_classifier() if hasattr(part, "get_classifier") else None
+        if isinstance(theirs, nn.Module) and any(m is layer for m in theirs.modules()):
             return part.reset_classifier(C)
 
 # %% ../nbs/05a_swap.ipynb #c028

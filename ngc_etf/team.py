@@ -91,12 +91,13 @@ class Share(Callback):
     "The gradient of the whole batch's mean loss, from this process's share."
     order = Recorder.order + .5
     def __init__(self,
-        world_size:int, # number of processes
+        world_size:int,  # number of processes
+        scale:bool=True, # False for a loss that is the whole batch's already, as `ntce` and `nonl` are
     ):
-        self.n = world_size
+        self.n, self.scale = world_size, scale
 
     def after_loss(self):
-        if self.training:
+        if self.training and self.scale:
             weight = len(self.yb[0]) * self.n / self.dls.train.whole
             self.learn.loss_grad = self.learn.loss_grad * weight
 

@@ -1,11 +1,15 @@
 "Data: real on-disk formats, damaged files, grids of the sampler, fastai and resuming."
 
-import tempfile
 import copy
 import gzip
+import json
 import pickle
 import struct
+import subprocess
+import sys
+import tempfile
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -14,11 +18,11 @@ from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 from torchvision import transforms as T
 
-from ngc_etf.catalogue import DATASETS
 from ngc_etf.augment import Augment, augment_rates
 from ngc_etf.batches import BatchLoader, StratifiedBatchSampler, loaders
-from ngc_etf.folders import FolderData, folder_loaders
-from ngc_etf.data import balanced_labels, image_data, long_tail
+from ngc_etf.catalogue import DATASETS, find_data
+from ngc_etf.data import balanced_labels, fingerprint, load_data, long_tail, with_long_tail
+from ngc_etf.folders import FolderData, folder_data, folder_loaders
 
 
 def rng():
@@ -82,7 +86,7 @@ WRITERS = {
 )
 def test_reads_the_real_formats(tmp_path, name, shape):
     WRITERS[name](tmp_path)
-    data = image_data(name, tmp_path)
+    data = load_data(name, tmp_path)
     (x, y), (x_test, y_test) = data.train, data.test
     assert (
         tuple(x.shape) == shape
@@ -96,41 +100,36 @@ def test_reads_the_real_formats(tmp_path, name, shape):
     assert xb.shape[1:] == shape[1:] and xb.dtype == torch.float32 and xb.isfinite().all()
 
 
-def test_pixels_are_where_torchvision_puts_them(tmp_path, monkeypatch):
-    "The same files through torchvision's own classes, their hashes looked away from."
-    from torchvision import datasets as tvd
+@pytest.mark.parametrize("name", list(WRITERS))
+def test_pixels_are_where_torchvision_puts_them(tmp_path, monkeypatch, name):
+    "The same files through torchvision's own class, their hashes looked away from."
+    from torchvision import datasets
 
-    for name in WRITERS:
-        WRITERS[name](tmp_path)
-    for name in ("cifar10", "cifar100", "stl10", "fashion-mnist"):
-        cls = DATASETS[name].source
-        if hasattr(cls, "_check_integrity"):
-            monkeypatch.setattr(cls, "_check_integrity", lambda self: True)
-        if hasattr(cls, "_load_meta"):
-            monkeypatch.setattr(cls, "_load_meta", lambda self: None)
-        data = image_data(name, tmp_path)
-        for ours, theirs in zip(
-            (data.train, data.test),
-            (
-                cls(tmp_path, **({"split": s} if cls is tvd.STL10 else {"train": s == "train"}))
-                for s in ("train", "test")
-            ),
-        ):
-            for i in (0, 7, 19):
-                pic, label = theirs[i]
-                assert torch.equal(T.PILToTensor()(pic), ours[0][i]) and int(label) == ours[1][i]
+    WRITERS[name](tmp_path)
+    cls = getattr(datasets, DATASETS[name].source)
+    monkeypatch.setattr(cls, "_check_integrity", lambda self: True, raising=False)
+    monkeypatch.setattr(cls, "_load_meta", lambda self: None, raising=False)
+    data = load_data(name, tmp_path)
+    for split in ("train", "test"):
+        which = {"split": split} if name == "stl10" else {"train": split == "train"}
+        theirs = cls(tmp_path, **which)
+        x, y = getattr(data, split)
+        assert len(theirs) == len(x)
+        for i in (0, 7, 19):
+            pic, label = theirs[i]
+            assert torch.equal(T.PILToTensor()(pic), x[i]) and int(label) == y[i]
 
 
 @pytest.mark.parametrize("name", list(WRITERS))
 def test_absent_files(tmp_path, name):
     with pytest.raises(FileNotFoundError, match="--download to the ngc_train command") as e:
-        image_data(name, tmp_path / "none")
+        load_data(name, tmp_path / "none")
     assert str(tmp_path / "none" / DATASETS[name].folder) in str(e.value)
     WRITERS[name](tmp_path)
     gone = DATASETS[name].files[-1]
     (tmp_path / DATASETS[name].folder / gone).unlink()
     with pytest.raises(FileNotFoundError, match=f": {gone} not found in"):
-        image_data(name, tmp_path)
+        load_data(name, tmp_path)
 
 
 @pytest.mark.parametrize("name", list(WRITERS))
@@ -143,23 +142,44 @@ def test_damaged_files(tmp_path, name, how):
         {"truncated": whole[: len(whole) // 2], "empty": b"", "another": gzip.compress(b"not this")}[how]
     )
     with pytest.raises(ValueError, match=f"data set '{name}': a file in .* is damaged or of another format"):
-        image_data(name, tmp_path)
+        load_data(name, tmp_path)
 
 
 def test_labels_out_of_range(tmp_path):
     (folder := write_stl(tmp_path))
     (np.arange(20) % 11).astype(np.uint8).tofile(folder / "train_y.bin")
     with pytest.raises(ValueError, match="labels from -1 to 9 where 0 to 9"):
-        image_data("stl10", tmp_path)
+        load_data("stl10", tmp_path)
+
+
+class Evil:
+    "Unpickled by Python's own reader, it would make a file."
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_a_pickle_that_calls_is_refused_before_it_does(tmp_path, name):
+    folder, made = WRITERS[name](tmp_path), tmp_path / "made"
+    file = folder / DATASETS[name].files[0]
+    for evil in (Evil(str(made)), {"data": Evil(str(made)), "labels": [0]}):
+        file.write_bytes(pickle.dumps(evil))
+        with pytest.raises(ValueError, match=r"damaged .*it would call (_io|io)\.open"):
+            load_data(name, tmp_path)
+    assert not made.exists()
 
 
 def test_unknown_name():
     with pytest.raises(ValueError, match="unknown data set name='svhn'; known: digits, cifar10"):
-        image_data("svhn")
+        load_data("svhn")
 
 
 def test_download_goes_through_torchvision_with_its_hash(tmp_path, monkeypatch):
-    import ngc_etf.data as m
+    from torchvision.datasets import utils
 
     calls = []
 
@@ -167,12 +187,93 @@ def test_download_goes_through_torchvision_with_its_hash(tmp_path, monkeypatch):
         calls.append((url, filename, md5))
         write_stl(root)
 
-    monkeypatch.setattr(m, "download_and_extract_archive", fake)
-    assert len(image_data("stl10", tmp_path, download=True).train[0]) == 20
+    monkeypatch.setattr(utils, "download_and_extract_archive", fake)
+    assert len(load_data("stl10", tmp_path, download=True).train[0]) == 20
     assert len(calls) == 1 and calls[0][1] == "stl10_binary.tar.gz" and len(calls[0][2]) == 32
 
 
-# the sampler ---------------------------------------------------------------------------------------------------------
+# clusters and fingerprints ------------------------------------------------------------------------
+
+
+def test_clusters_do_not_depend_on_any_seed():
+    torch.manual_seed(1)
+    np.random.seed(1)
+    one = load_data("clusters-100")
+    torch.manual_seed(2)
+    np.random.seed(2)
+    two = load_data("clusters-100")
+    assert fingerprint(one) == fingerprint(two)
+    (x, y), (x_test, y_test) = one.train, one.test
+    assert x.shape == (12_000, 48) and x_test.shape == (4_000, 48) and x.dtype == torch.float32
+    assert (y.bincount() == 120).all() and (y_test.bincount() == 40).all()
+    assert x.std().item() == pytest.approx(0.8, abs=0.05)
+
+
+def test_clusters_are_the_same_on_every_machine():
+    "NumPy's frozen stream, rounded: these bytes were written down elsewhere."
+    assert fingerprint(load_data("clusters-100"))["hash"] == "1702dfbc655b2f4b7331c36c6b992816"
+
+
+def test_the_dials_of_clusters():
+    noisy, calm = load_data("clusters-30"), load_data("clusters-30-0.8")
+    assert noisy.C == calm.C == 30
+    for c in range(30):
+        near, far = (d.train[0][d.train[1] == c] for d in (calm, noisy))
+        assert near.var(0).mean() < far.var(0).mean()
+        assert F.cosine_similarity(near.mean(0), far.mean(0), 0) > 0.8  # the same classes
+    uneven = load_data("clusters-7").train[1].bincount()
+    assert uneven.max() - uneven.min() <= 1
+
+
+NO_CLUSTERS = ["clusters", "clusters-1", "clusters-4001", "clusters-10-0", "clusters-10-x"]
+
+
+@pytest.mark.parametrize("name", NO_CLUSTERS)
+def test_clusters_that_do_not_exist(name):
+    for find in (find_data, load_data):
+        with pytest.raises(ValueError, match=f"name='{name}'; known: digits.*clusters-C-NOISE"):
+            find(name)
+
+
+def test_vectors_pass_the_loaders_as_they_are():
+    data = with_long_tail(load_data("clusters-10"), 20)
+    dls = loaders(data, 100, rotate=10.0)
+    for loader, (x, y) in zip((dls[2], dls.valid), (data.train, data.test)):
+        batches = list(loader)
+        assert torch.equal(torch.cat([b[0] for b in batches]), x)
+        assert torch.equal(torch.cat([b[1] for b in batches]), y)
+    x, y = next(iter(dls.train))
+    assert x.shape == (len(y), 48) and (y.bincount(minlength=10) > 0).all()
+    shares = [next(iter(loaders(data, 50, rank=r, world_size=2).train)) for r in range(2)]
+    assert sum(len(y) for _, y in shares) == len(next(iter(loaders(data, 100).train))[1])
+
+
+def test_fingerprints_of_data_in_memory(tmp_path):
+    write_cifar(tmp_path, 10)
+    data = load_data("cifar10", tmp_path)
+    seen = fingerprint(data)
+    assert seen["C"] == 10 and seen["train"] == 200 and seen["test"] == 40 and seen["shape"] == [3, 32, 32]
+    assert json.loads(json.dumps(seen)) == seen and fingerprint(load_data("cifar10", tmp_path)) == seen
+    data.test[0][3, 0, 0, 0] += 1
+    assert fingerprint(data)["hash"] != seen["hash"]
+    assert fingerprint(with_long_tail(data, 2)) != fingerprint(data)
+
+
+def test_data_and_folders_do_without_torchvision():
+    code = """
+import sys, ngc_etf.augment, ngc_etf.data, ngc_etf.models
+ngc_etf.data.load_data("clusters-10")
+ngc_etf.models.body("mlp")
+ngc_etf.models.body("digits")
+print({"torchvision", "sklearn", "scipy", "fastai"} & set(sys.modules))
+import ngc_etf.folders
+print("torchvision" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["set()", "False"]
+
+
+# the sampler --------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -277,12 +378,12 @@ def test_works_in_torch_dataloader():
     assert all((y.bincount(minlength=6) == 2).all() for _, y in dl) and len(dl) == 5
 
 
-# augmentation --------------------------------------------------------------------------------------------------------
+# augmentation -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size,ch", [((32, 32), 3), ((96, 96), 3), ((8, 8), 1), ((9, 14), 2)])
 def test_statistics_of_torchvision(size, ch):
-    "Mean and standard deviation at every pixel over many draws agree with torchvision's pipeline, within sampling error."
+    "Mean and variance at every pixel over many draws agree with torchvision's, within sampling error."
     pic, n = (
         torch.randint(256, (ch, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
         600,
@@ -318,13 +419,11 @@ def test_rates_are_measured():
     assert min(r.values()) > 0
 
 
-# fastai --------------------------------------------------------------------------------------------------------------
+# fastai -------------------------------------------------------------------------------------------
 
 
 def learner(dls, width=10):
-    import fastai.callback.progress
-    import fastai.callback.schedule
-    from fastai.learner import Learner
+    from fastai.callback.schedule import Learner  # with lr_find and no_bar
 
     torch.manual_seed(0)
     return Learner(
@@ -342,7 +441,7 @@ def quiet(learn, n):
 
 
 def test_lr_find_and_fit():
-    data = image_data("digits")
+    data = load_data("digits")
     learn = learner(loaders(data, 64))
     before = copy.deepcopy(learn.model.state_dict())
     with learn.no_bar(), learn.no_logging():
@@ -356,7 +455,7 @@ def test_lr_find_and_fit():
 @pytest.mark.parametrize("cut", [0, 5, 12])
 def test_exact_resume_in_the_middle_of_an_epoch(cut):
     aug = Augment((0.3,), (0.4,), pad=1, flip=True)
-    x, y = image_data("digits").train
+    x, y = load_data("digits").train
     make = lambda: BatchLoader(x, y, 64, StratifiedBatchSampler(y, 64, seed=2), aug, seed=9)
     one, two = make(), make()
     list(one)
@@ -372,7 +471,7 @@ def test_exact_resume_in_the_middle_of_an_epoch(cut):
 
 
 def test_valid_loader_is_in_order_and_plain():
-    data = image_data("digits")
+    data = load_data("digits")
     dls = loaders(data, 100)
     assert len(dls.valid) == 4 and torch.equal(torch.cat([y for _, y in dls.valid]), data.test[1])
     x = torch.cat([x for x, _ in dls.valid])
@@ -381,7 +480,7 @@ def test_valid_loader_is_in_order_and_plain():
 
 
 def test_plain_shuffling_is_a_switch():
-    data = image_data("digits")
+    data = load_data("digits")
     spread = [
         max(
             (y.bincount(minlength=10).max() - y.bincount(minlength=10).min()).item()
@@ -393,7 +492,7 @@ def test_plain_shuffling_is_a_switch():
 
 
 def test_long_tail():
-    y = image_data("digits").train[1]
+    y = load_data("digits").train[1]
     for kind in ("exponential", "step"):
         keep = long_tail(y, 50, kind)
         n = y[keep].bincount()
@@ -405,7 +504,7 @@ def test_long_tail():
         long_tail(y, kind="linear")
 
 
-# folders -------------------------------------------------------------------------------------------------------------
+# folders ------------------------------------------------------------------------------------------
 
 
 def tree(root, C=3, n=4):
@@ -433,3 +532,204 @@ def test_folder_through_workers(tmp_path):
     (tmp_path / "val" / "n0002").rename(tmp_path / "val" / "other")
     with pytest.raises(ValueError, match="different classes"):
         folder_loaders(data)
+
+
+def save(folder, array, name, **kwargs):
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pic = array if isinstance(array, Image.Image) else Image.fromarray(array)
+    pic.save(folder / name, **kwargs)
+    return folder / name
+
+
+def shown(root):
+    "The images of both halves as tensors, in order; resized by nothing."
+    data = FolderData(root, size=16, resize=16)
+    return [x for half in ("train", "val") for x, _ in data.split(half)]
+
+
+RAMP = np.linspace(0, 255, 256).astype(np.uint8).reshape(16, 16)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.tiff", "a.pgm"])
+def test_sixteen_bits_are_scaled(tmp_path, name):
+    for half in ("train", "val"):
+        save(tmp_path / half / "c", RAMP.astype(np.uint16) * 257, name)
+    for x in shown(tmp_path):
+        assert torch.equal(x, torch.from_numpy(RAMP).expand(3, 16, 16))
+
+
+def test_sixteen_bits_are_rounded_to_the_nearest(tmp_path):
+    values = np.array([0, 128, 129, 385, 386, 30000, 65407, 65535], dtype=np.uint16)
+    path = save(tmp_path / "train" / "c", np.repeat(values, 32).reshape(16, 16), "a.png")
+    x = FolderData(tmp_path, 16, 16).split("train")[0][0][0].flatten()[::32]
+    assert x.tolist() == [round(v / 257) for v in values.tolist()], path
+
+
+def test_twelve_bits_reach_white(tmp_path):
+    "A TIFF that says it has 12 bits a sample: three bytes hold two pixels."
+    v = np.arange(256, dtype=np.int64) * 4095 // 255
+    a, b = v[::2], v[1::2]
+    packed = np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], 1).astype(np.uint8).tobytes()
+    tags = [(256, 16), (257, 16), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 16)]
+    tags += [(279, len(packed))]
+    folder = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", t, 4, 1, n) for t, n in tags)
+    raw = b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + folder + b"\0" * 4
+    (tmp_path / "train" / "c").mkdir(parents=True)
+    (tmp_path / "train" / "c" / "a.tif").write_bytes(raw)
+    x = FolderData(tmp_path, 16, 16).split("train")[0][0][0].flatten()
+    assert (x.int() - torch.arange(256)).abs().max() <= 1 and x[0] == 0 and x[-1] == 255
+
+
+@pytest.mark.parametrize("kind,words", [(np.int32, "32-bit integers"), (np.float32, "floats")])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pixels_without_a_range_are_refused_by_name(tmp_path, kind, words, workers):
+    data = tree(tmp_path)
+    path = save(tmp_path / "val" / "n0001", RAMP.astype(kind), "odd.tif")
+    with pytest.raises(ValueError) as e:
+        list(folder_loaders(data, 6, workers=workers).valid)
+    assert str(path) in str(e.value) and words in str(e.value) and "\n" not in str(e.value)
+
+
+def big_text(path):
+    from PIL import Image, PngImagePlugin
+
+    info = PngImagePlugin.PngInfo()
+    info.add_text("comment", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
+    Image.fromarray(RAMP).save(path, pnginfo=info)
+
+
+def bomb(path):
+    "A PNG that claims to be 50,000 pixels wide and high."
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 0, 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+DAMAGE = {
+    "bomb.png": bomb,
+    "text.png": big_text,
+    "empty.jpg": lambda path: path.write_bytes(b""),
+    "page.jpg": lambda path: path.write_text("<html>404</html>"),
+    "cut.jpeg": lambda path: path.write_bytes((path.parent / "0.jpeg").read_bytes()[:-200]),
+    "cut.png": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0"),
+    "gone.png": lambda path: path.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", list(DAMAGE))
+@pytest.mark.parametrize("workers", [0, 1])
+def test_whatever_is_wrong_the_file_is_named_in_one_line(tmp_path, name, workers):
+    data = tree(tmp_path, C=2, n=2)
+    path = tmp_path / "train" / "n0001" / name
+    DAMAGE[name](path)
+    with pytest.raises(ValueError) as e:
+        list(folder_loaders(data, 4, workers=workers).train)
+    message = str(e.value)
+    assert message.startswith(f"image {path} cannot be read (") and "\n" not in message
+    assert message.endswith("): fetch or convert it again, or take it away")
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "1", "P"])
+def test_other_modes_are_shown_in_colour(tmp_path, mode):
+    from PIL import Image
+
+    pic = Image.fromarray(np.stack([RAMP, RAMP[::-1], RAMP.T], 2))
+    pic = pic.quantize(64) if mode == "P" else pic.convert(mode)
+    ending = "tif" if mode in ("CMYK", "YCbCr") else "png"
+    kwargs = {"transparency": 3} if mode == "P" else {}
+    for half in ("train", "val"):
+        path = save(tmp_path / half / "c", pic, f"a.{ending}", **kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x = shown(tmp_path)[0]
+    theirs = Image.open(path)
+    theirs = (theirs.convert("RGBA") if mode == "P" else theirs).convert("RGB")
+    assert torch.equal(x, torch.from_numpy(np.array(theirs)).permute(2, 0, 1))
+
+
+def test_a_turned_photograph_is_turned_upright(tmp_path):
+    from PIL import Image
+
+    exif, pic = Image.Exif(), Image.fromarray(RAMP).convert("RGB")
+    exif[274] = 6
+    for half, more in (("train", {"exif": exif}), ("val", {})):
+        save(tmp_path / half / "c", pic, "a.png", **more)
+    turned, plain = shown(tmp_path)
+    assert torch.equal(turned, plain.rot90(-1, (1, 2)))
+
+
+def test_a_damaged_note_about_the_camera_does_no_harm(tmp_path):
+    for half in ("train", "val"):
+        save(tmp_path / half / "c", RAMP, "a.png", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(shown(tmp_path)[0][0], torch.from_numpy(RAMP))
+
+
+def test_hidden_names_are_no_classes_and_no_images(tmp_path):
+    data = tree(tmp_path)
+    before = data.fingerprint()
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "train" / "n0000" / "._0.jpeg").write_bytes(b"Mac OS X")
+    (tmp_path / "val" / ".DS_Store").write_bytes(b"")
+    assert data.C == 3 and len(data.split("train")) == 12 and data.fingerprint() == before
+    assert sum(len(y) for _, y in folder_loaders(data, 6, workers=0).train) == 12
+
+
+def test_order_is_that_of_torchvision(tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    for name in ("b/2.png", "b/10.png", "a/x/1.png", "a/x-y/0.png", "a/z.JPG", "a/0.bmp", "a/x/.0/no.png"):
+        save((tmp_path / "train" / name).parent, RAMP, (tmp_path / "train" / name).name)
+    images = FolderData(tmp_path, 16, 16).split("train")
+    theirs = [s for s in ImageFolder(tmp_path / "train").samples if "no.png" not in s[0]]
+    assert list(zip(images.paths, images.targets)) == theirs
+
+
+def test_a_class_without_images_is_named(tmp_path):
+    data = tree(tmp_path)
+    (tmp_path / "train" / "n0009").mkdir()
+    with pytest.raises(FileNotFoundError, match="no images of n0009 below"):
+        data.split("train")
+    (tmp_path / "none" / "train").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="expected one for each class"):
+        FolderData(tmp_path / "none").split("train")
+
+
+def test_fingerprints_of_trees(tmp_path):
+    one, two = tree(tmp_path / "one"), tree(tmp_path / "two")
+    seen = fingerprint(one)
+    assert seen == fingerprint(two) and json.loads(json.dumps(seen)) == seen
+    assert seen["C"] == 3 and seen["train"] == seen["test"] == 12
+    assert seen["classes"]["n0001"] == {"train": 4, "val": 4}
+    changes = [
+        lambda root: (root / "val" / "n0000" / "0.jpeg").rename(root / "val" / "n0000" / "9.jpeg"),
+        lambda root: (root / "val" / "n0000" / "1.jpeg").write_bytes(b"shorter"),
+        lambda root: (root / "train" / "n0002").rename(root / "train" / "n0003"),
+    ]
+    for change in changes:
+        before = fingerprint(two)
+        change(tmp_path / "two")
+        assert fingerprint(two)["hash"] != before["hash"]
+    assert set(fingerprint(two)["classes"]) == {"n0000", "n0001", "n0002", "n0003"}
+
+
+def test_a_tree_by_name(tmp_path, monkeypatch):
+    tree(tmp_path / "set")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    ways = [("set", "."), (".", "set"), ("~/set", "none"), (f"{tmp_path}/set", "none"), ("set/../set/", "~")]
+    named = [folder_data(f"folder:{path}", root) for path, root in ways]
+    assert {d.root for d in named} == {tmp_path / "set"} and named[0].C == 3
+    for name in ("folder:", "folder:  ", "set"):
+        with pytest.raises(ValueError, match="imagenet or folder:PATH"):
+            folder_data(name, tmp_path)
+    with pytest.raises(FileNotFoundError, match="no image folder"):
+        folder_data("imagenet", tmp_path)

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from torchvision import models as tvm
 
 from ngc_etf.agd import AGD
-from ngc_etf.data import image_data
 from ngc_etf.batches import loaders
-from ngc_etf.models import PAPER_BODIES, body, digits_net, strip_affine
+from ngc_etf.data import load_data
+from ngc_etf.models import PAPER_BODIES, body, digits_net, mlp, strip_affine
 
 
 @pytest.mark.parametrize("name", PAPER_BODIES)
@@ -37,7 +37,7 @@ def test_paper_bodies_train_a_step(name, size):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_stripping_changes_nothing_at_the_start(name):
-    "A fresh ResNet's BatchNorm has weight 1 and bias 0, its convolutions no bias: the stripped network computes the same."
+    "A fresh ResNet's BatchNorm has weight 1 and bias 0, its convolutions no bias: stripping is the identity."
     net, _ = body(name, affine=True)
     x = torch.randn(4, 3, 64, 64)
     with torch.no_grad():
@@ -90,6 +90,10 @@ def test_layer_norms_are_refused(name):
         (dict(name="resnet18", pretrained=True), "pretrained=True needs affine=True"),
         (dict(name="digits", affine=True), "no affine version"),
         (dict(name="digits", width=3), "width=3"),
+        (dict(name="mlp", affine=True), "'mlp' has no affine version"),
+        (dict(name="mlp", width=-1), "got -1, 48, 3"),
+        (dict(name="mlp-0"), "got 0, 48, 3"),
+        (dict(name="mlp-wide"), "unknown network name='mlp-wide'"),
     ],
 )
 def test_refusals(kw, match):
@@ -115,14 +119,14 @@ def test_timm():
 
 @pytest.mark.parametrize("gain", [3.0, 10.0])
 def test_digits_net_learns(gain):
-    "Ten epochs are enough for 97% (the demonstration has thirty), features normalised to tau 5 as the heads do it."
+    "Ten epochs are enough for 97%, features normalised to tau 5; seeds and threads gave 99.2 to 99.7%."
     torch.manual_seed(0)
     net, d = body("digits", width=16)
     head = nn.Linear(d, 10, bias=False)
     opt = AGD([*net.parameters(), *head.parameters()], gain)
     opt.init_weights()
     logits = lambda x: F.linear(5 * F.normalize(net(x)), F.normalize(head.weight))
-    dls = loaders(image_data("digits"), 64)
+    dls = loaders(load_data("digits"), 64)
     for _ in range(10):
         net.train()
         for x, y in dls.train:
@@ -132,6 +136,24 @@ def test_digits_net_learns(gain):
     net.eval()
     with torch.no_grad():
         assert sum((logits(x).argmax(1) == y).sum() for x, y in dls.valid) / 360 > 0.97
+
+
+@pytest.mark.parametrize("name,d", [("mlp", 256), ("mlp-64", 64), ("digits-8", 16), ("digits", 64)])
+def test_small_bodies_by_name(name, d):
+    net, found = body(name)
+    x = torch.randn(6, *((48,) if "mlp" in name else (1, 8, 8)))
+    h = net(x)
+    assert h.shape == (6, d) and found == d and (h >= 0).all()
+    assert {p.ndim for p in net.parameters()} <= {2, 4}
+    AGD(net.parameters()).init_weights()
+
+
+def test_mlp_takes_vectors_of_any_shape():
+    net = mlp(32, inputs=12).eval()
+    x = torch.randn(4, 12)
+    with torch.no_grad():
+        assert torch.equal(net(x), net(x.view(4, 3, 2, 2)))
+    assert len(list(net.parameters())) == 3 and body("mlp", inputs=12, width=7)[1] == 7
 
 
 def test_digits_net_is_ready_for_agd():

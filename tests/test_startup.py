@@ -55,3 +55,28 @@ def test_a_run_speaks_of_nobodys_future(tmp_path):
         command("--experiment", "ufm-10", "--epochs", "2", "--device", "cpu", "--out", str(tmp_path))
     )
     assert said == "" and "torch" in found
+
+
+@pytest.mark.parametrize("idle, passive", [(0.1, True), (0.9, False), (None, False)])
+def test_threads_sleep_while_they_wait_on_a_busy_machine(idle, passive, monkeypatch):
+    "Only there, only before torch is imported, and never against what the user has set."
+    from ngc_etf import machine
+
+    for name in ("OMP_WAIT_POLICY", "KMP_BLOCKTIME", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(machine, "_idle_share", lambda: idle)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    before = {k: os.environ.get(k) for k in machine._WAITING}
+    try:
+        machine._wait_passively()
+        assert (os.environ.get("OMP_WAIT_POLICY") == "PASSIVE") == passive
+        for k in machine._WAITING:
+            os.environ.pop(k, None)
+        monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
+        machine._wait_passively()
+        assert "OMP_WAIT_POLICY" not in os.environ
+    finally:
+        for k, v in before.items():
+            os.environ.pop(k, None)
+            if v is not None:
+                os.environ[k] = v
