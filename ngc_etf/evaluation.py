@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .heads import Head
 from .means import as_labels
-from .metrics import _batch, _has_float64
-from .procrustes import at_least_float32
+from .metrics import _batch
+from .procrustes import _has_float64, at_least_float32
 from .streaming import NeuralCollapse
 from .swap import _CannotRun, last_linear
 
@@ -119,7 +119,7 @@ class _Samples:
         self.kept, self.room = [], store
 
     def _new(self, C, d, scatter):
-        dtype = torch.float64 if _has_float64(self.device) else torch.float32
+        dtype = torch.float64 if _has_float64(self.device.type) else torch.float32
         options = dict(dtype=dtype, scatter=scatter, validate=False, sync_on_compute=self.joined)
         return NeuralCollapse(C, d, **options).to(self.device)
 
@@ -193,7 +193,7 @@ def measure_collapse(
     with _evaluation(model), _eager(_around(model, name)), _Probe(model, name) as probe:
         for x, y in chain([first] if first else [], batches):
             h, z = probe(_to(x, device))
-            classes, tally = _score(h, z, y.as_subclass(Tensor).to(device))
+            classes, tally = _score(h, z, torch.as_tensor(y).as_subclass(Tensor).to(device))
             samples.add(h, classes)
             tallies.append(tally.cpu())
         each = samples.judge(layer.weight, layer.bias)

@@ -14,20 +14,13 @@ from torch import Tensor
 
 from .lapack import eigh, svd
 from .means import _centre, _label_faults, as_labels
+from .procrustes import _wide
 from .simplex import check_classes, standard_etf
 
 # %% ../nbs/06_metrics.ipynb #c007
-def _has_float64(device)->bool:
-    "Does the device compute in float64? Apple's GPUs do not."
-    try:
-        torch.zeros(1, dtype=torch.float64, device=device)
-    except (TypeError, RuntimeError):
-        return False
-    return True
-
 def _f64(t:Tensor)->Tensor:
     "Detached, in float64: on its own device where that has float64, else on the CPU."
-    return t.detach().to(t.device if _has_float64(t.device) else "cpu").to(torch.float64)
+    return _wide(t.detach())
 
 def _matrix(
     t:Tensor, # any tensor

@@ -14,8 +14,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from .means import _centre, as_labels
-from .metrics import _batch, _cdnv, _disagree, _dual, _f64, _has_float64, _margins, _matrix, _no_means
+from .metrics import _batch, _cdnv, _disagree, _dual, _f64, _margins, _matrix, _no_means
 from .metrics import cosine_margins, equinorm_gap, nc2, nc3, numerical_rank, pair_cosines
+from .procrustes import _has_float64
 from .simplex import check_classes
 
 # %% ../nbs/06b_streaming.ipynb #c008
@@ -158,7 +159,7 @@ class _Judge(_Moments):
     def _set_rule(self, *tensors):
         "The rule, in the widest type that the device has; nothing is judged by it yet."
         device = self.mean.device
-        dtype = torch.float64 if _has_float64(device) else self.mean.dtype
+        dtype = torch.float64 if _has_float64(device.type) else self.mean.dtype
         for name, t in zip(_RULE, tensors):
             setattr(self, f"rule_{name}", t.to(device, dtype))
         for name in ("tally", "margin_min", "margin_hist"):
