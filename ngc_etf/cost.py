@@ -149,12 +149,13 @@ def methods_rows(
 
 # %% ../nbs/13_cost.ipynb #c014
 #| code-fold: true
-_SPIN = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(10**5))"
+_SPIN = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    sum(range(10**5))"
 
 @contextmanager
 def _neighbours(n):
     "So many busy processes; they end with the block, or with this process."
-    processes = [subprocess.Popen([sys.executable, "-c", _SPIN]) for _ in range(n)]
+    command = [sys.executable, "-c", _SPIN, str(os.getpid())]
+    processes = [subprocess.Popen(command) for _ in range(n)]
     try:
         time.sleep(.2 if n else 0)
         yield

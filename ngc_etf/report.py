@@ -170,7 +170,8 @@ figure {{ margin: 1rem 0; background: #fff; border-radius: 4px; padding: .5rem; 
 img {{ display: block; max-width: 100%; height: auto; }}
 .wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; margin: 1rem 0; font-size: .85rem; }}
 th, td {{ padding: .3rem .6rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line);
-  font-variant-numeric: tabular-nums; white-space: nowrap; }} th {{ background: var(--soft); }}
+  font-variant-numeric: tabular-nums; white-space: nowrap; }}
+th {{ background: var(--soft); white-space: normal; }}
 .words td {{ white-space: normal; }} .words td:nth-child(4) {{ min-width: 14rem; }}
 td:first-child, th:first-child, .words td, .words th, .lines td:nth-child(2), .lines th:nth-child(2)
   {{ text-align: left; }}

@@ -38,7 +38,12 @@ def test_what_is_wrong_is_named():
 
 def test_rows_carry_the_kind_of_machine_and_files_its_name(tmp_path, monkeypatch):
     row = {"cell": "ufm-10", "method": "nearest", "gb": 0.5, "dense_gb": 0.25}
-    monkeypatch.setitem(cost._COMMANDS, "memory", lambda quick, device, rounds: [row])
+
+    def counted(quick, device, rounds):
+        "One row."
+        return [row]
+
+    monkeypatch.setitem(cost._COMMANDS, "memory", counted)
     cost_main(["memory", "--out", str(tmp_path / "cost")])
     (path,) = (tmp_path / "cost").iterdir()
     assert path.name.startswith("memory-") and path.suffix == ".csv"
@@ -65,8 +70,8 @@ def test_the_dense_jacobian_is_a_quarter_of_the_papers_surplus():
 
 def test_peak_bytes_counts_what_lives_at_once():
     x = torch.zeros(1000, 100)
-    assert peak_bytes(lambda: x + 1) == x.nbytes
-    assert peak_bytes(lambda: (x + 1) * (x + 2)) == 3 * x.nbytes
+    assert peak_bytes(lambda: x + 1) == pytest.approx(x.nbytes, rel=0.01)
+    assert peak_bytes(lambda: (x + 1) * (x + 2)) == pytest.approx(3 * x.nbytes, rel=0.01)
 
 
 def test_methods_of_a_cell_step_by_step(monkeypatch):
@@ -86,26 +91,24 @@ def test_a_jacobian_that_does_not_fit_is_not_built(monkeypatch):
     assert pd.isna(cost._dense_ms(512, 100, "cpu"))
 
 
+def children():
+    "How many busy processes this one has."
+    ps = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args"], capture_output=True, text=True)
+    return sum("getppid" in line for line in ps.stdout.splitlines())
+
+
 def test_neighbours_end_with_the_block():
     with _neighbours(2):
-        listed = subprocess.run(
-            ["ps", "--ppid", str(os.getpid()), "-o", "args"], capture_output=True, text=True
-        )
-        assert listed.stdout.count("getppid") == 2
-    listed = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args"], capture_output=True, text=True)
-    assert "getppid" not in listed.stdout
+        assert children() == 2
+    assert children() == 0
 
 
 def test_neighbours_end_with_their_parent():
-    code = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {cost._SPIN!r}]).pid)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    pid = int(done.stdout)
-    for _ in range(100):
-        if not os.path.exists(f"/proc/{pid}"):
-            return
-        cost.time.sleep(0.1)
-    os.kill(pid, 9)
-    pytest.fail("a busy process outlives its parent")
+    "Also where it is gone before they have begun: none is left spinning."
+    spin = f"[sys.executable, '-c', {cost._SPIN!r}, str(os.getpid())]"
+    code = f"import os, subprocess, sys; subprocess.Popen({spin}, stdout=2, stderr=subprocess.DEVNULL)"
+    child = subprocess.Popen([sys.executable, "-c", code + ".pid"], stderr=subprocess.PIPE)
+    child.communicate(timeout=30)  # ends when the last process that holds the pipe has ended
 
 
 def test_busy_rows_leave_the_threads_as_they_were(monkeypatch):
