@@ -26,7 +26,7 @@ from .catalogue import UFM
 from .experiment import get_experiment
 from .kernels import (
     _dense_backward_seconds, _dense_bytes, adjoint_rows, memory_rows, proximal_problem, solver_rows)
-from .machine import _say, _start_command, environment, take_turns
+from .machine import _say, _speaking_as, environment, take_turns
 from .nearest import nearest_etf
 from .overhead import data_rows, runner_rows
 from .step import build_step
@@ -120,7 +120,7 @@ def _passes(training, device):
     return 1e3 * (middle - begin), 1e3 * (end - middle)
 
 def _training_of(cell, method, device):
-    "The step of a cell with a method; the paper's way solves with the trust region and adds its gradient apart."
+    "The step of a cell; the paper's way solves with the trust region, and its gradient is added apart."
     if method != "nearest, paper": return build_step(get_experiment(cell, method=method), device)
     return build_step(get_experiment(cell, method="nearest-no-ddn"), device, solver="trust_region")
 
@@ -149,12 +149,13 @@ def methods_rows(
 
 # %% ../nbs/13_cost.ipynb #c014
 #| code-fold: true
-_SPIN = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(10**5))"
+_SPIN = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    sum(range(10**5))"
 
 @contextmanager
 def _neighbours(n):
     "So many busy processes; they end with the block, or with this process."
-    processes = [subprocess.Popen([sys.executable, "-c", _SPIN]) for _ in range(n)]
+    command = [sys.executable, "-c", _SPIN, str(os.getpid())]
+    processes = [subprocess.Popen(command) for _ in range(n)]
     try:
         time.sleep(.2 if n else 0)
         yield
@@ -246,7 +247,7 @@ def _parser():
         q.add_argument("--device", default="cpu", help="cpu or cuda")
         q.add_argument("--rounds", type=int, default=7, help="timed calls (methods: steps) of each candidate")
         q.add_argument("--threads", type=int, help="CPU threads of torch and NumPy")
-        q.add_argument("--out", metavar="DIR", help="also keep the rows there, one file for each kind of machine")
+        q.add_argument("--out", metavar="DIR", help="keep the rows there, a file for each kind of machine")
         if name == "methods":
             known = " ".join(_CELLS)
             q.add_argument("--cells", nargs="+", default=_CELLS, help=f"experiments (default: {known})")
@@ -260,22 +261,26 @@ def _check(args):
     for cell in getattr(args, "cells", ()):
         get_experiment(cell)
 
+def _measure(args):
+    "Take the rows of a command, print them, and keep them where asked."
+    _check(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+        threadpool_limits(args.threads)  # NumPy's, for pymanopt
+    cells = {"cells": args.cells} if args.command == "methods" else {}
+    rows = pd.DataFrame(_COMMANDS[args.command](args.quick, args.device, args.rounds, **cells))
+    _say(rows.to_string(index=False, float_format="{:.3g}".format))
+    if args.out:
+        _say(_keep(rows, args.command, args.out, args.device))
+
 def cost_main(
     argv=None, # the command line's words; `sys.argv` when None
 ):
     "The command `ngc_cost solver|adjoint|step|methods|busy|memory|data|runner`."
     args = _parser().parse_args(argv)
-    _start_command("ngc_cost")
     try:
-        _check(args)
-        if args.threads:
-            torch.set_num_threads(args.threads)
-            threadpool_limits(args.threads)  # NumPy's, for pymanopt
-        cells = {"cells": args.cells} if args.command == "methods" else {}
-        rows = pd.DataFrame(_COMMANDS[args.command](args.quick, args.device, args.rounds, **cells))
-        _say(rows.to_string(index=False, float_format="{:.3g}".format))
-        if args.out:
-            _say(_keep(rows, args.command, args.out, args.device))
+        with _speaking_as("ngc_cost"):
+            _measure(args)
     except (ValueError, OSError) as e:
         sys.exit(f"ngc_cost: {e}")
     except KeyboardInterrupt:

@@ -21,13 +21,14 @@ _LOOKS = {  # Okabe and Ito's colours, and dashes in units of the line's width
     "fixed-haar":       ("#56B4E9", (0, (3, 1, 1, 1, 1, 1))),
     "nearest":          ("#D55E00", "-"),
     "nearest-no-ddn":   ("#E69F00", (0, (1, 1))),
+    "nearest, paper":   ("#CC79A7", (0, (1, 2))),  # with the paper's own solver and gradient
 }
 
 def line_style(
     method:str, # a name of `ngc_etf.METHODS`; others are grey and dotted
 )->dict:        # keywords of `Axes.plot`
     "The colour and the dashes of a method, the same in every figure."
-    colour, dashes = _LOOKS.get(method, ("#777777", (0, (1, 2))))
+    colour, dashes = _LOOKS.get(method, ("#777777", (0, (2, 2))))
     return {"color": colour, "linestyle": dashes, "linewidth": 2. if method == "nearest" else 1.5}
 
 # %% ../nbs/12_figures.ipynb #c012
@@ -150,12 +151,13 @@ def floor_of(
     description:dict, # of a run, as `load_rows` returns it: "experiment" and "C"
 )->float:             # None where there is none
     "The least cross-entropy that a run can reach."
-    from ngc_etf.floor import cross_entropy_floor
+    from ngc_etf.floor import cross_entropy_bound, cross_entropy_floor
     exp, C = description["experiment"], description["C"]
     if exp["method"] == "standard-no-norm": return None
     relu = exp["data"] not in UFM and exp["net"].startswith(_RELU)
     counts = _counts(exp, C)
-    return cross_entropy_floor(C, exp["tau"], relu, **({"counts": counts} if counts else {}))
+    learned = counts and exp["method"].startswith("standard")
+    return (cross_entropy_bound if learned else cross_entropy_floor)(C, exp["tau"], relu, counts)
 
 # %% ../nbs/12_figures.ipynb #c023
 #| code-fold: true
@@ -236,7 +238,7 @@ def _bars(cost, ax):
     for method, initial in _INITIALS.items():
         here = cost[cost.method == method]
         for what, column in (("F", "forward_ms"), ("B", "backward_ms")):
-            if len(here):
+            if here[column].notna().any():
                 look = {"color": line_style(method)["color"], "alpha": 1 if what == "F" else .55}
                 bar = ax.bar(f"{initial}/{what}", here[column].median(), **look)
                 ax.bar_label(bar, fmt="%.3g", fontsize=_POINTS)
@@ -251,7 +253,9 @@ def step_times(
 ):                     # the figure
     "Figs. 5 and 16: (a) forward milliseconds of each step, (b) both passes, log milliseconds."
     fig, (left, right) = _grid(2, rows=1, height=2.6)
-    here = cost[cost.cell == cell] if "cell" in cost else pd.DataFrame(columns=["method", "step"])
+    if cost.empty:
+        cost = pd.DataFrame(columns=["cell", "method", "step", "forward_ms", "backward_ms"])
+    here = cost[cost.cell == cell]
     curve(here[here.method.isin(_INITIALS)].assign(seed=0), "step", "forward_ms", left)
     ours = here[here.method == "nearest"]
     if len(ours):

@@ -28,11 +28,11 @@ def _runs(group):
     return [run.sort_values("epoch") for _, run in group.groupby(_KEY[:3], sort=False)]
 
 def _spread(values, show):
-    "Median, with [least, greatest] where there are several; 'never' for infinity."
+    "Median, with [least, greatest] where they differ in what is shown; 'never' for infinity."
     cell = Cell.of(values)
     if cell is None: return "-"
     words = ["never" if np.isinf(x) else format(x, show) for x in cell[:3]]
-    return words[0] + (f" [{words[1]}, {words[2]}]" if cell.seeds > 1 else "")
+    return words[0] + ("" if len({*words}) == 1 else f" [{words[1]}, {words[2]}]")
 
 def _ends(group, about):
     "The columns that say how the runs of a group ended."

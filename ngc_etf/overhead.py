@@ -117,5 +117,8 @@ def data_rows(
 )->list:              # of dicts
     "Images a second of the batched and of the per-image augmentation."
     seconds = .2 if quick else 2.
-    sizes = (32,) if quick else (32, 96)
-    return [{"size": s, "device": str(device)} | augment_rates(s, seconds=seconds, device=device) for s in sizes]
+    rows = []
+    for size in (32,) if quick else (32, 96):
+        rates = augment_rates(size, seconds=seconds, device=device)
+        rows.append({"size": size, "device": str(device)} | rates)
+    return rows

@@ -20,7 +20,7 @@ from .catalogue import UFM
 from .claims import Evidence, judge, read_evidence, sentences
 from .experiment import SUITES
 from .figures import _png, classes_grow, floor_of, has_curves, panels, save_figure, step_times
-from .machine import _say, _start_command
+from .machine import _say, _speaking_as
 from .outcomes import _epochs_to, _runs, coverage, summary, sweep_table
 from .rows import by_experiment, check_rows
 from .tables import _TITLES, Cell, _verdict, accuracy_table, memory_table, verdict_table
@@ -170,7 +170,8 @@ figure {{ margin: 1rem 0; background: #fff; border-radius: 4px; padding: .5rem; 
 img {{ display: block; max-width: 100%; height: auto; }}
 .wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; margin: 1rem 0; font-size: .85rem; }}
 th, td {{ padding: .3rem .6rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line);
-  font-variant-numeric: tabular-nums; white-space: nowrap; }} th {{ background: var(--soft); }}
+  font-variant-numeric: tabular-nums; white-space: nowrap; }}
+th {{ background: var(--soft); white-space: normal; }}
 .words td {{ white-space: normal; }} .words td:nth-child(4) {{ min-width: 14rem; }}
 td:first-child, th:first-child, .words td, .words th, .lines td:nth-child(2), .lines th:nth-child(2)
   {{ text-align: left; }}
@@ -210,7 +211,7 @@ def _settings(about, name):
         pairs = ", ".join(map(str, both))
         raise ValueError(f"the runs of {name} do not belong together: (C, tau) are {pairs}")
     floors = [floor for floor in map(floor_of, runs.values()) if floor is not None]
-    return runs, both[0][0], floors[0] if floors else None
+    return runs, both[0][0], max(floors, default=None)
 
 def _first_at_99(group):
     "Which method classified 99% of the training set first, in words."
@@ -277,8 +278,8 @@ def _of_all(evidence, tables, figures):
 # %% ../nbs/12d_report.ipynb #c022
 #| code-fold: true
 _LINES = (
-    "In the figures, lines are medians over seeds, bands run from the least to the greatest, and dotted lines "
-    "are what collapse predicts."
+    "In the figures, lines are medians over seeds, bands run from the least to the greatest, and dotted "
+    "lines are what collapse predicts."
 )
 
 def html_report(
@@ -337,12 +338,12 @@ def report_main(
 ):
     "The command `ngc_report`."
     args = _parser().parse_args(argv)
-    _start_command("ngc_report")
     import matplotlib
     matplotlib.use("agg")
     try:
         if args.suite and not args.check: raise ValueError("--suite goes with --check")
-        _print_report(args)
+        with _speaking_as("ngc_report"):
+            _print_report(args)
     except (ValueError, OSError) as e:
         sys.exit(f"ngc_report: {e}")
     except KeyboardInterrupt:

@@ -1,0 +1,123 @@
+"The command `ngc_cost`: its rows, their file, its complaints; what is counted and what is timed."
+
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+
+from ngc_etf import cost, kernels
+from ngc_etf.cost import _neighbours, busy_rows, cost_main, methods_rows
+from ngc_etf.figures import step_times
+from ngc_etf.kernels import _dense_bytes, memory_rows, peak_bytes
+from ngc_etf.tables import _read_cost, memory_table
+
+
+def fails(*argv):
+    with pytest.raises(SystemExit) as e:
+        cost_main([*argv])
+    return str(e.value.code)
+
+
+def test_each_command_says_what_it_does(capsys):
+    with pytest.raises(SystemExit):
+        cost_main(["--help"])
+    words = capsys.readouterr().out
+    for name in ("solver", "adjoint", "step", "methods", "busy", "memory", "data", "runner"):
+        assert name in words
+
+
+def test_what_is_wrong_is_named():
+    assert "rounds must be at least 1, got 0" in fails("memory", "--quick", "--rounds", "0")
+    assert "experiment must be one of" in fails("methods", "--cells", "nonsense")
+    if not torch.cuda.is_available():
+        assert "torch sees no GPU here" in fails("solver", "--device", "cuda")
+
+
+def test_rows_carry_the_kind_of_machine_and_files_its_name(tmp_path, monkeypatch):
+    row = {"cell": "ufm-10", "method": "nearest", "gb": 0.5, "dense_gb": 0.25}
+
+    def counted(quick, device, rounds):
+        "One row."
+        return [row]
+
+    monkeypatch.setitem(cost._COMMANDS, "memory", counted)
+    cost_main(["memory", "--out", str(tmp_path / "cost")])
+    (path,) = (tmp_path / "cost").iterdir()
+    assert path.name.startswith("memory-") and path.suffix == ".csv"
+    rows = _read_cost(tmp_path, "memory")
+    assert {"cpu", "cores", "threads", "instructions", "torch", "gpu"} <= {*rows.columns}
+    assert rows.torch[0] == torch.__version__ and rows.cores[0] == os.cpu_count()
+    assert memory_table(rows).set_index("model")["nearest, ours"]["UFM-10"] == "0.5"
+    other = rows.assign(gb=0.7)
+    other.to_csv(tmp_path / "cost" / "memory-another-machine.csv", index=False)
+    assert len(_read_cost(tmp_path, "memory")) == 2
+
+
+def test_the_gradient_adds_next_to_no_memory():
+    gb = pd.DataFrame(memory_rows(quick=True)).set_index(["cell", "method"]).gb.unstack()
+    assert (gb["nearest"] <= 1.02 * gb["nearest-no-ddn"]).all()
+    assert (gb["nearest"] <= 1.05 * gb["fixed"]).all()
+
+
+def test_the_dense_jacobian_is_a_quarter_of_the_papers_surplus():
+    surplus = {"ufm-100": (100, 1024, 10.7 - 1.7), "ufm-200": (200, 1024, 70.3 - 1.8)}
+    for C, d, gb in surplus.values():
+        assert 3.5 < 1e9 * gb / _dense_bytes(d, C, 4) < 5
+
+
+def test_peak_bytes_counts_what_lives_at_once():
+    x = torch.zeros(1000, 100)
+    assert peak_bytes(lambda: x + 1) == pytest.approx(x.nbytes, rel=0.01)
+    assert peak_bytes(lambda: (x + 1) * (x + 2)) == pytest.approx(3 * x.nbytes, rel=0.01)
+
+
+def test_methods_of_a_cell_step_by_step(monkeypatch):
+    monkeypatch.setattr(cost, "_dense_ms", lambda d, C, device: 1e6)
+    rows = pd.DataFrame(methods_rows(quick=True, rounds=2))
+    assert len(rows) == 8 and set(rows.step) == {1, 2}
+    paper = rows[rows.method == "nearest, paper"]
+    assert (paper.backward_ms >= 1e6).all() and (rows.backward_ms[rows.method == "nearest"] < 1e6).all()
+    fig = step_times(rows, "ufm-10")
+    assert [t.get_text() for t in fig.axes[1].get_xticklabels()][:2] == ["S/F", "S/B"]
+    assert not fig.axes[0].texts
+
+
+def test_a_jacobian_that_does_not_fit_is_not_built(monkeypatch):
+    monkeypatch.setattr(cost, "_memory_at_hand", lambda device: 1e6)
+    monkeypatch.setattr(cost, "_dense_backward_seconds", lambda *a: pytest.fail("built"))
+    assert pd.isna(cost._dense_ms(512, 100, "cpu"))
+
+
+def children():
+    "How many busy processes this one has."
+    ps = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args"], capture_output=True, text=True)
+    return sum("getppid" in line for line in ps.stdout.splitlines())
+
+
+def test_neighbours_end_with_the_block():
+    with _neighbours(2):
+        assert children() == 2
+    assert children() == 0
+
+
+def test_neighbours_end_with_their_parent():
+    "Also where it is gone before they have begun: none is left spinning."
+    spin = f"[sys.executable, '-c', {cost._SPIN!r}, str(os.getpid())]"
+    code = f"import os, subprocess, sys; subprocess.Popen({spin}, stdout=2, stderr=subprocess.DEVNULL)"
+    child = subprocess.Popen([sys.executable, "-c", code + ".pid"], stderr=subprocess.PIPE)
+    child.communicate(timeout=30)  # ends when the last process that holds the pipe has ended
+
+
+def test_busy_rows_leave_the_threads_as_they_were(monkeypatch):
+    monkeypatch.setattr(cost, "_busy_calls", lambda device: {"nothing": int})
+    before = torch.get_num_threads()
+    rows = pd.DataFrame(busy_rows(quick=True, rounds=1))
+    assert list(rows.with_threads) == [1, 2] and torch.get_num_threads() == before
+
+
+def test_public_names_are_few():
+    for module in (cost, kernels):
+        assert len(module.__all__) <= 10
