@@ -38,7 +38,7 @@ _MODULES = {
     "team": "join_team SharedBatchNorm share_norms Share",
     "experiment": "METHODS TRACKERS EXPERIMENTS SUITES Experiment get_experiment suite_cells",
     "rows": "FORMAT parse_config check_data Rows save_margins read_runs load_rows by_experiment check_rows",
-    "step": "make_head Network network learning_rate loss_function make_optimizer open_data make_loaders TrainingStep build_step restore compile_network",
+    "step": "make_head Network network open_data make_loaders TrainingStep build_step restore compile_network",
     "runner": "OutOfTime Record on_device settle_precision run",
     "suite": "state to_do Outcome run_cells run_jobs PeakMemory estimate Job submit",
     "command": "train_parser named_cells train_main",
