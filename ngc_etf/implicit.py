@@ -87,6 +87,7 @@ def _check_problem(H, U, U_prox, delta):
             raise ValueError(f"{name} must have H's shape {tuple(H.shape)}, got {shape}")
     if not 0 < delta < float("inf"): raise ValueError(f"delta must be positive and finite, got delta={delta}")
 
+# %% ../nbs/04_implicit.ipynb #c027
 def lagrange_multipliers(
     H:Tensor,         # (d, C) normalised centred class means H̃
     U:Tensor,         # (d, C) solution of (7)
@@ -99,6 +100,7 @@ def lagrange_multipliers(
     Q, R = qr(constraint_jacobian(U).T)
     return solve(R, Q.T @ f_U[:, None])[:, 0]
 
+# %% ../nbs/04_implicit.ipynb #c028
 def sigma(
     H:Tensor,         # (d, C) normalised centred class means H̃
     U:Tensor,         # (d, C) solution of (7)
@@ -110,7 +112,7 @@ def sigma(
     T = U.mT @ objective_gradient(H, U, U_prox, delta)
     return (T + T.mT) / 2
 
-# %% ../nbs/04_implicit.ipynb #c028
+# %% ../nbs/04_implicit.ipynb #c030
 def _contract(
     lam:Tensor, # λ (C(C+1)/2,)
     C:int,      # number of classes
@@ -120,7 +122,7 @@ def _contract(
     T[tuple(torch.triu_indices(C, C))] = lam
     return T + T.T
 
-# %% ../nbs/04_implicit.ipynb #c037
+# %% ../nbs/04_implicit.ipynb #c039
 def ddn_jacobian(
     H:Tensor,         # (d, C) normalised centred class means H̃
     U:Tensor,         # (d, C) solution of (7)

@@ -146,6 +146,7 @@ def eigh(
     routes = {"torch.linalg.eigh": usual, "one thread": _one_thread(usual), "scipy's ev": patient}
     return _first_right("the eigendecomposition", (S,), routes, _right_eigh)
 
+# %% ../nbs/00a_lapack.ipynb #c021
 def _right_qr(A, factors):
     Q, R = factors
     x, size = _probe(A.shape[-1], A)
@@ -160,7 +161,7 @@ def qr(
     routes = {"torch.linalg.qr": usual, "one thread": _one_thread(usual), "scipy's qr": other}
     return _first_right("the QR decomposition", (A,), routes, _right_qr)
 
-# %% ../nbs/00a_lapack.ipynb #c022
+# %% ../nbs/00a_lapack.ipynb #c024
 def _right_solution(A, B, X):
     x, _ = _probe(B.shape[-1], B)
     Xx, Bx = X @ x, B @ x
@@ -176,6 +177,7 @@ def solve(
     routes = {"torch.linalg.solve": usual, "one thread": _one_thread(usual), "scipy's solve": other}
     return _first_right("the solution", (A, B), routes, _right_solution)
 
+# %% ../nbs/00a_lapack.ipynb #c025
 def _right_inverse(S, X):
     return _right_solution(S, torch.eye(S.shape[-1], dtype=S.dtype, device=S.device), X)
 

@@ -46,6 +46,7 @@ def _eye_like(X):
     "The identity of the size of X's last dimension."
     return torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
 
+# %% ../nbs/03a_procrustes.ipynb #c012
 def _gram(P):
     G = _wide(P)
     w, V = eigh(G.mT @ G)
@@ -58,7 +59,7 @@ def _gram(P):
         U = U @ (1.5*_eye_like(U) - .5*(U.mT @ U))
     return U, s.to(P), V.to(P)
 
-# %% ../nbs/03a_procrustes.ipynb #c013
+# %% ../nbs/03a_procrustes.ipynb #c014
 def _cubic(x, rho):
     return .5*rho*x * (3 - rho**2 * x**2)
 
@@ -74,7 +75,7 @@ def _scales(kappa, low=.2):
 
 {kappa: len(_scales(kappa)) for kappa in (64, 1e3, 1e6, 1e10)}  # steps for a bound on κ
 
-# %% ../nbs/03a_procrustes.ipynb #c015
+# %% ../nbs/03a_procrustes.ipynb #c016
 _KAPPA = {torch.float32: 1e6, torch.float64: 1e10}
 
 def _deferred(P):
@@ -93,7 +94,7 @@ def _newton_schulz(P):
         if error < 100*torch.finfo(P.dtype).eps: return X, None, None
     raise RuntimeError(f"newton_schulz did not converge: X'X - I is {error:.1e}")
 
-# %% ../nbs/03a_procrustes.ipynb #c019
+# %% ../nbs/03a_procrustes.ipynb #c020
 def _negligible(s, d):
     "The singular value below which a direction of a (d, C) matrix is rounding; shape (..., 1)."
     return s.amax(-1, keepdim=True) * 10 * torch.finfo(s.dtype).eps * d**.5
@@ -114,7 +115,7 @@ def _complete(P, start):
     U = seen @ Vh[:r] + W @ V0.mT
     return tuple(X.to(P) for X in (U, s, Vh.mT))
 
-# %% ../nbs/03a_procrustes.ipynb #c022
+# %% ../nbs/03a_procrustes.ipynb #c023
 _SMALL = 6e6
 
 @lru_cache
@@ -122,6 +123,7 @@ def _matmuls():
     backends = (torch.backends.cuda, torch.backends.mkldnn)
     return [b.matmul for b in backends if hasattr(getattr(b, "matmul", None), "fp32_precision")]
 
+# %% ../nbs/03a_procrustes.ipynb #c024
 @contextmanager
 def _exact(P):
     "Full precision for work on P: no autocast, no TF32 or bfloat16 inside float32. One thread if P is small."
@@ -147,7 +149,7 @@ def _exact(P):
         if legacy:
             torch.set_float32_matmul_precision(legacy)
 
-# %% ../nbs/03a_procrustes.ipynb #c024
+# %% ../nbs/03a_procrustes.ipynb #c026
 _SOLVE = {"svd": _svd, "gram": _gram, "newton_schulz": _newton_schulz, "polar": _linalg_polar}
 _AUTO = {"cpu": "gram", "cuda": "newton_schulz"}  # by device; `ngc_cost solver` measures it
 
@@ -165,7 +167,7 @@ def _solve(P, solver="auto"):
         _warn_once(name, f"solver {name!r} failed on a {tuple(P.shape)} problem ({reason}); trying the next")
     raise RuntimeError(f"no solver could find the polar factor of a {tuple(P.shape)} matrix")
 
-# %% ../nbs/03a_procrustes.ipynb #c026
+# %% ../nbs/03a_procrustes.ipynb #c028
 def polar_vjp(
     U:Tensor, # (..., d, C) polar factor of P
     s:Tensor, # (..., C) singular values of P
@@ -179,7 +181,7 @@ def polar_vjp(
     S_inv = (V * (2*inverse.diagonal(dim1=-2, dim2=-1))[..., None, :]) @ V.mT
     return v @ S_inv + U @ (Y - Utv @ S_inv)
 
-# %% ../nbs/03a_procrustes.ipynb #c029
+# %% ../nbs/03a_procrustes.ipynb #c031
 def _cholesky_inverse(S):
     return torch.cholesky_solve(_eye_like(S).expand_as(S), torch.linalg.cholesky_ex(S)[0])
 
@@ -199,7 +201,7 @@ def _polar_vjp_products(
         Y, A = Y + A @ Y @ A, A @ A
     return v @ S_inv + U @ (Y - Utv @ S_inv)
 
-# %% ../nbs/03a_procrustes.ipynb #c032
+# %% ../nbs/03a_procrustes.ipynb #c034
 def _second(P, U, v, D_v, w, D_w, D):
     "The derivative of <w, D_P(v)> with respect to P, given the images of v and w under the map D = D_P."
     X = _product
@@ -210,7 +212,7 @@ def _second(P, U, v, D_v, w, D_w, D):
     S_bar = (S_bar + S_bar.mT) / 2
     return X(U, S_bar) + D(U_bar + X(P, S_bar))
 
-# %% ../nbs/03a_procrustes.ipynb #c034
+# %% ../nbs/03a_procrustes.ipynb #c036
 def _finds_spectrum(solver, kind):
     "Whether a solver on this kind of device returns s and V."
     return solver in ("svd", "gram", "complete") or (solver == "auto" and kind == "cpu")
@@ -226,6 +228,7 @@ def _polar_shapes(P, solver, start, validate):
     k = P.shape[-1] if _finds_spectrum(solver, P.device.type) else 0
     return P.new_empty(P.shape), P.new_empty(*P.shape[:-2], k), P.new_empty(*P.shape[:-2], k, k)
 
+# %% ../nbs/03a_procrustes.ipynb #c037
 def _polar_kernel(P, solver, start, validate):
     "U (..., d, C), s (..., C), V (..., C, C); `start` completes problem (6), or is the answer, given."
     if validate or not _deferred(P):
@@ -242,9 +245,10 @@ def _polar_kernel(P, solver, start, validate):
         elif s is None:
             s, V = _spectrum(P, U)
     if validate and _deferred(P):
-        _check_result(U)
+        _check_result(P, U)
     return U.contiguous(), s.contiguous(), V.contiguous()
 
+# %% ../nbs/03a_procrustes.ipynb #c039
 def _derivative_kernel(P, U, s, V, v):
     "D_P(v); empty s and V mean that they have to be found, or done without."
     with _exact(U):
@@ -258,7 +262,7 @@ def _product_kernel(A, B):
     with _exact(A):
         return A @ B
 
-# %% ../nbs/03a_procrustes.ipynb #c036
+# %% ../nbs/03a_procrustes.ipynb #c041
 _late = ValueCheck()
 
 def _check_finite(**tensors):
@@ -279,11 +283,12 @@ def _use_gram():
     _warn_once("late", "newton_schulz had not converged at an earlier call (condition number beyond 1e6): "
                        "auto is 'gram' from now on")
 
-def _check_result(U):
+def _check_result(P, U):
+    "Whether U is orthonormal; of an input that is not finite nobody can ask that."
     error = (U.mT @ U - _eye_like(U)).abs().max()
-    _late(error < 1e-3, "newton_schulz did not converge", then=_use_gram)
+    _late((error < 1e-3) | ~P.isfinite().all(), "newton_schulz did not converge", then=_use_gram)
 
-# %% ../nbs/03a_procrustes.ipynb #c038
+# %% ../nbs/03a_procrustes.ipynb #c043
 def _below_autograd(operator, *args):
     "The operator without this level's derivative, and with that of the levels below."
     with torch._C._AutoDispatchBelowAutograd():
@@ -300,6 +305,7 @@ def _primals(ctx):
     "What was kept, without this level's tangents."
     return [torch._VF._unpack_dual(X, level=0)[0] for X in ctx.saved_tensors]
 
+# %% ../nbs/03a_procrustes.ipynb #c044
 class _Polar(_SingleLevelFunction):
     "U = polar(P), with dL/dP = D_P(dL/dU) and dU = D_P(dP)."
     @staticmethod
@@ -317,7 +323,7 @@ class _Polar(_SingleLevelFunction):
     def jvp(ctx, dP, *_):
         return None if dP is None else _derivative(*ctx.saved_tensors, dP), None, None
 
-# %% ../nbs/03a_procrustes.ipynb #c040
+# %% ../nbs/03a_procrustes.ipynb #c046
 class _Derivative(_SingleLevelFunction):
     "D_P(v): linear and self-adjoint in v; `_second` is its derivative in P."
     @staticmethod
@@ -346,7 +352,7 @@ class _Derivative(_SingleLevelFunction):
             along_P = 0. if dP is None else _second(*P_and_aids[:2], v, D_v, dP, D(dP), D)
             return along_v + along_P
 
-# %% ../nbs/03a_procrustes.ipynb #c042
+# %% ../nbs/03a_procrustes.ipynb #c048
 class _Product(_SingleLevelFunction):
     "AB for A (..., m, k) and B (..., k, n) with the same batch."
     @staticmethod
@@ -368,7 +374,7 @@ class _Product(_SingleLevelFunction):
             along_B = 0. if dB is None else _product(A, dB)
             return along_A + along_B
 
-# %% ../nbs/03a_procrustes.ipynb #c044
+# %% ../nbs/03a_procrustes.ipynb #c050
 _SPACE = __name__.partition(".")[0].strip("_")  # "ngc_etf", or "main" in a notebook
 _library = Library(_SPACE, "FRAGMENT")
 
@@ -393,6 +399,7 @@ def _register(schema, kernel, shapes, function):
     register_vmap(qualified, one_batch, lib=_library)
     return operator
 
+# %% ../nbs/03a_procrustes.ipynb #c051
 _polar = _register(
     "polar(Tensor P, str solver, Tensor? start, bool validate) -> (Tensor, Tensor, Tensor)",
     _polar_kernel, _polar_shapes, _Polar)
@@ -403,7 +410,7 @@ _product = _register(
     "product(Tensor A, Tensor B) -> Tensor",
     _product_kernel, lambda A, B: A.new_empty(*A.shape[:-1], B.shape[-1]), _Product)
 
-# %% ../nbs/03a_procrustes.ipynb #c046
+# %% ../nbs/03a_procrustes.ipynb #c053
 def at_least_float32(X:Tensor)->Tensor:
     "X in float32, or float64 if it is that already."
     return X.to(torch.promote_types(X.dtype, torch.float32))
