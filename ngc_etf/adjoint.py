@@ -9,13 +9,15 @@ __all__ = ['vjp_dense_constraints', 'vjp_one_cholesky', 'ddn_vjp', 'scale_free_d
 import torch
 from torch import Tensor
 
-from .implicit import _check_problem, constraint_jacobian, contract, hessian_block, rvec, rvech, sigma
-from .lapack import eigh
+from .implicit import (
+    _check_problem, _contract, _hessian_block, constraint_jacobian, rvec, rvech, sigma)
+from .lapack import eigh, inverse, solve
 from .procrustes import polar_vjp
 from .simplex import check_classes, standard_etf
 
-# %% ../nbs/04a_adjoint.ipynb #c008
-def _block(H, U, U_prox, delta): return hessian_block(H, delta) - sigma(H, U, U_prox, delta)
+# %% ../nbs/04a_adjoint.ipynb #c009
+def _block(H, U, U_prox, delta):
+    return _hessian_block(H, delta) - sigma(H, U, U_prox, delta)
 
 def vjp_dense_constraints(
     H:Tensor,      # (d, C) normalised centred class means H̃
@@ -26,27 +28,30 @@ def vjp_dense_constraints(
 )->Tensor:         # (d, C) dL/dH
     "Stage 1: Proposition 1 as a vector-Jacobian product with dense A and the block of G. O(dC³) memory."
     d, C = H.shape
-    S_inv, A = torch.linalg.inv(_block(H, U, U_prox, delta)), constraint_jacobian(U)
+    S_inv, A = inverse(_block(H, U, U_prox, delta)), constraint_jacobian(U)
     w, K = v @ S_inv, A.new_zeros(len(A), len(A))
-    for i in range(d): K.addmm_(A[:, i*C:(i+1)*C] @ S_inv, A[:, i*C:(i+1)*C].mT)
-    mu = torch.linalg.solve(K, A @ rvec(w))
+    for A_i in A.split(C, 1): # the columns that belong to row i of U
+        K.addmm_(A_i @ S_inv, A_i.mT)
+    mu = solve(K, (A @ rvec(w))[:, None])[:, 0]
     return 2 * (w - (mu @ A).reshape(d, C) @ S_inv) @ standard_etf(C, H.dtype, H.device)
 
-# %% ../nbs/04a_adjoint.ipynb #c010
+# %% ../nbs/04a_adjoint.ipynb #c011
 def vjp_one_cholesky(H, U, U_prox, delta, v):
-    "Stage 2: no A; a system in the C(C+1)/2 multipliers remains. O(dC + C⁴) memory. Arguments as in `vjp_dense_constraints`."
+    "Stage 2: no A; a system in the C(C+1)/2 multipliers remains. O(dC + C⁴) memory. Arguments as in stage 1."
     C = H.shape[1]
-    S_inv = torch.cholesky_inverse(torch.linalg.cholesky(_block(H, U, U_prox, delta)))
+    S_inv = inverse(_block(H, U, U_prox, delta))
     i, j = torch.triu_indices(C, C)
     T = S_inv.new_zeros(len(i), C, C)
-    k = torch.arange(len(i)); T[k, i, j] += 1.; T[k, j, i] += 1.
+    k = torch.arange(len(i))
+    T[k, i, j] += 1.
+    T[k, j, i] += 1.
     w = v @ S_inv
     K = (T @ S_inv + S_inv @ T)[:, i, j].mT
     Uw = U.mT @ w
-    mu = torch.linalg.solve(K, rvech(Uw + Uw.mT))
-    return 2 * (w - U @ contract(mu, C) @ S_inv) @ standard_etf(C, H.dtype, H.device)
+    mu = solve(K, rvech(Uw + Uw.mT)[:, None])[:, 0]
+    return 2 * (w - U @ _contract(mu, C) @ S_inv) @ standard_etf(C, H.dtype, H.device)
 
-# %% ../nbs/04a_adjoint.ipynb #c012
+# %% ../nbs/04a_adjoint.ipynb #c013
 def ddn_vjp(
     H:Tensor,      # (d, C) normalised centred class means H̃
     U:Tensor,      # (d, C) solution of (7)
@@ -61,12 +66,13 @@ def ddn_vjp(
     dP = polar_vjp(U, s.clamp(min=0), V, v)
     return (dP - dP.mean(1, keepdim=True)) * (2 / (H.shape[1]-1)**.5)
 
-# %% ../nbs/04a_adjoint.ipynb #c029
+# %% ../nbs/04a_adjoint.ipynb #c030
 def scale_free_delta(
     C:int,                 # number of classes, at least 2
-    strength:float=.0045,  # weight of the proximal term over the data term at collapse; 0.0045 is the paper's at C = 10
+    strength:float=.0045,  # weight of the proximal over the data term at collapse; the paper's at C = 10
 )->float:                  # δ, to hand to `nearest_etf`
-    "The δ that weighs the proximal term by `strength` against the data term, whatever C: 2 strength / (C - 1)."
+    "The δ that weighs the proximal term by `strength` against the data term: 2 strength / (C - 1)."
     check_classes(C)
-    if not 0 < strength < float("inf"): raise ValueError(f"strength must be positive and finite, got strength={strength}")
+    if not 0 < strength < float("inf"):
+        raise ValueError(f"strength must be positive and finite, got strength={strength}")
     return 2 * strength / (C-1)

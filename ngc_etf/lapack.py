@@ -7,26 +7,32 @@ __all__ = ['svd', 'eigh', 'qr', 'solve', 'inverse']
 
 # %% ../nbs/00a_lapack.ipynb #c003
 import warnings
-from functools import wraps
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 # %% ../nbs/00a_lapack.ipynb #c007
-def _probe(n:int, like:Tensor)->Tensor:
-    "A fixed column without symmetries (n, 1), of norm about √n."
-    return torch.linspace(.3, 1.7, n, dtype=like.dtype, device=like.device)[:, None]
+_norm = torch.linalg.vector_norm
+
+@lru_cache(64)
+def _column(n:int, dtype, device)->tuple:
+    x = torch.linspace(.3, 1.7, n, dtype=dtype, device=device)[:, None]
+    return x, _norm(x).item()
+
+def _probe(n:int, like:Tensor)->tuple:
+    "A fixed column without symmetries (n, 1), and its norm, about √n."
+    return _column(n, like.dtype, like.device)
 
 def _equal(found:Tensor, want:Tensor, size)->bool:
     "Whether columns (..., n, 1) agree to rounding; `size` is the largest norm there could be. False for NaN."
     tolerance = 200 * torch.finfo(want.dtype).eps * want.shape[-2]**.5
-    gap = torch.linalg.vector_norm(found - want, dim=(-2, -1))
-    return bool((gap <= tolerance * size).all())
+    return bool((_norm(found - want, dim=(-2, -1)) <= tolerance * size).all())
 
 def _orthonormal(Q:Tensor)->bool:
     "Whether the columns of Q (..., m, n) are orthonormal, by one vector."
-    x = _probe(Q.shape[-1], Q)
-    return _equal(Q.mT @ (Q @ x), x, x.norm())
+    x, size = _probe(Q.shape[-1], Q)
+    return _equal(Q.mT @ (Q @ x), x, size)
 
 # %% ../nbs/00a_lapack.ipynb #c010
 _warned = set()
@@ -39,7 +45,6 @@ def _warn_once(key:str, message:str):
 
 def _one_thread(f):
     "f, run on one thread of the CPU."
-    @wraps(f)
     def single(*args):
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -61,7 +66,8 @@ def _first_right(
     for name, route in routes.items():
         try:
             answer = route(*args)
-            if right(*args, answer): return answer
+            with torch.no_grad():
+                if right(*args, answer): return answer
             reason = "the result was wrong"
         except torch.OutOfMemoryError:
             raise
@@ -103,8 +109,8 @@ def _svd_by_eigh(A):
 
 def _right_svd(A, factors):
     Q, s, Vh = factors
-    x = _probe(A.shape[-1], A)
-    whole = _equal(Q @ (s[..., None] * (Vh @ x)), A @ x, A.norm() * x.norm())
+    x, size = _probe(A.shape[-1], A)
+    whole = _equal(Q @ (s[..., None] * (Vh @ x)), A @ x, _norm(A) * size)
     return whole and _orthonormal(Q) and _orthonormal(Vh.mT)
 
 # %% ../nbs/00a_lapack.ipynb #c017
@@ -124,8 +130,12 @@ def svd(
 # %% ../nbs/00a_lapack.ipynb #c019
 def _right_eigh(S, factors):
     w, V = factors
-    x = _probe(S.shape[-1], S)
-    return _equal(V @ (w[..., None] * (V.mT @ x)), S @ x, S.norm() * x.norm()) and _orthonormal(V)
+    x, size = _probe(S.shape[-1], S)
+    image, size = V @ (w[..., None] * (V.mT @ x)), size * _norm(S)
+    def lower():
+        L = S.tril()
+        return L @ x + L.mT @ x - S.diagonal(dim1=-2, dim2=-1)[..., None] * x
+    return (_equal(image, S @ x, size) or _equal(image, lower(), size)) and _orthonormal(V)
 
 def eigh(
     S:Tensor, # (..., n, n), symmetric
@@ -138,8 +148,8 @@ def eigh(
 
 def _right_qr(A, factors):
     Q, R = factors
-    x = _probe(A.shape[-1], A)
-    return _equal(Q @ (R @ x), A @ x, A.norm() * x.norm()) and _orthonormal(Q)
+    x, size = _probe(A.shape[-1], A)
+    return _equal(Q @ (R @ x), A @ x, _norm(A) * size) and _orthonormal(Q)
 
 def qr(
     A:Tensor, # (..., m, n)
@@ -152,9 +162,9 @@ def qr(
 
 # %% ../nbs/00a_lapack.ipynb #c022
 def _right_solution(A, B, X):
-    x = _probe(B.shape[-1], B)
+    x, _ = _probe(B.shape[-1], B)
     Xx, Bx = X @ x, B @ x
-    return _equal(A @ Xx, Bx, A.norm() * Xx.norm() + Bx.norm())
+    return _equal(A @ Xx, Bx, _norm(A) * _norm(Xx) + _norm(Bx))
 
 def solve(
     A:Tensor, # (..., n, n), regular

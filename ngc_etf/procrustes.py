@@ -49,7 +49,7 @@ def _eye_like(X):
 def _gram(P):
     G = _wide(P)
     w, V = eigh(G.mT @ G)
-    flatness = (w[..., 0] / w[..., -1]).min()  # 1/κ² of the worst matrix of a batch
+    flatness = (w[..., 0] / w[..., -1]).min().item()  # 1/κ² of the worst matrix of a batch
     if not flatness > (1e-6 if P.dtype == torch.float64 else 1e-9): return _svd(P)
     s = w.sqrt()
     S_inv = (V / s[..., None, :]) @ V.mT
@@ -117,6 +117,7 @@ def _complete(P, start):
 # %% ../nbs/03a_procrustes.ipynb #c022
 _SMALL = 6e6
 
+@lru_cache
 def _matmuls():
     backends = (torch.backends.cuda, torch.backends.mkldnn)
     return [b.matmul for b in backends if hasattr(getattr(b, "matmul", None), "fp32_precision")]
@@ -165,9 +166,6 @@ def _solve(P, solver="auto"):
     raise RuntimeError(f"no solver could find the polar factor of a {tuple(P.shape)} matrix")
 
 # %% ../nbs/03a_procrustes.ipynb #c026
-def _inverse(x, null):
-    return torch.where(x > null, 1 / x, 0.)
-
 def polar_vjp(
     U:Tensor, # (..., d, C) polar factor of P
     s:Tensor, # (..., C) singular values of P
@@ -175,10 +173,10 @@ def polar_vjp(
     v:Tensor, # (..., d, C) dL/dU
 )->Tensor:    # (..., d, C) dL/dP
     "Solve SY + YS = U'v - v'U in S's eigenbasis; then dL/dP = UY + (I - UU')v S^-1. Finite for any s >= 0."
-    null, Utv = _negligible(s, U.shape[-2]), U.mT @ v
-    by_pair = _inverse(s[..., :, None] + s[..., None, :], null[..., None])
-    Y = V @ ((V.mT @ (Utv - Utv.mT) @ V) * by_pair) @ V.mT
-    S_inv = (V * _inverse(s, null)[..., None, :]) @ V.mT
+    sums, Utv = s[..., :, None] + s[..., None, :], U.mT @ v
+    inverse = torch.where(sums > 2*_negligible(s, U.shape[-2])[..., None], 1 / sums, 0.)
+    Y = V @ ((V.mT @ (Utv - Utv.mT) @ V) * inverse) @ V.mT
+    S_inv = (V * (2*inverse.diagonal(dim1=-2, dim2=-1))[..., None, :]) @ V.mT
     return v @ S_inv + U @ (Y - Utv @ S_inv)
 
 # %% ../nbs/03a_procrustes.ipynb #c029
@@ -288,8 +286,10 @@ def _check_result(U):
 # %% ../nbs/03a_procrustes.ipynb #c038
 def _below_autograd(operator, *args):
     "The operator without this level's derivative, and with that of the levels below."
-    with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        if not torch._C._are_functorch_transforms_active(): return operator(*args)
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return operator(*args)
 
 def _keep(ctx, *tensors):
     ctx.save_for_backward(*tensors)
@@ -379,6 +379,7 @@ def _register(schema, kernel, shapes, function):
     _library.define(schema)
     operator = getattr(getattr(torch.ops, _SPACE), name).default
     def differentiable(*args):
+        if not torch._C._are_functorch_transforms_active(): return function.apply(*args)
         with enable_single_level_autograd_function():
             return function.apply(*args)
     def one_batch(info, in_dims, *args):

@@ -21,7 +21,7 @@ def procrustes_target(
     "P = 2 H̃ M̃ + δ U_prox: the nearest direction maximises <U, P>. O(dC): M̃ is never built."
     C = H.shape[-1]
     P = (H - H.mean(-1, keepdim=True)) * (2 / (C-1)**0.5)
-    return P if U_prox is None else P + delta * U_prox.detach()
+    return P if U_prox is None else torch.add(P, U_prox.detach(), alpha=delta)
 
 # %% ../nbs/03_proximal.ipynb #c011
 def etf_problem(

@@ -6,12 +6,12 @@ from hypothesis import given, settings, strategies as st
 from torch.autograd.functional import jacobian
 
 from ngc_etf.implicit import (
+    _contract,
+    _hessian_block,
     commutation_matrix,
     constraint_jacobian,
-    contract,
     ddn_jacobian,
     elimination_matrix,
-    hessian_block,
     lagrange_multipliers,
     objective,
     objective_gradient,
@@ -78,10 +78,10 @@ def test_multipliers(shape, condition):
     f_U = jacobian(lambda U: objective(H, U, U_prox, delta), U)
     torch.testing.assert_close(objective_gradient(H, U, U_prox, delta), f_U)
     torch.testing.assert_close(lam @ A, rvec(f_U), atol=1e-12, rtol=0)
-    torch.testing.assert_close(contract(lam, C), Sig, atol=1e-10, rtol=0)
+    torch.testing.assert_close(_contract(lam, C), Sig, atol=1e-10, rtol=0)
     torch.testing.assert_close(U @ Sig, f_U, atol=1e-12, rtol=0)
     torch.testing.assert_close(
-        hessian_block(H, delta) - Sig, U.T @ procrustes_target(H, U_prox, delta), atol=1e-13, rtol=0
+        _hessian_block(H, delta) - Sig, U.T @ procrustes_target(H, U_prox, delta), atol=1e-13, rtol=0
     )
 
 

@@ -137,7 +137,7 @@ problems = st.tuples(st.integers(2, 9), st.integers(0, 12), st.integers(0, 10**6
 @given(problems)
 @settings(max_examples=40, deadline=None)
 def test_equivariance(problem):
-    "Rotations of the features and permutations of the classes pass through; so does a common scale of H and delta."
+    "Rotations of the features, permutations of the classes, a common scale of H and delta: all pass through."
     C, more, seed, delta = problem
     d = C + more
     H, U_prox, Q = means(d, C, seed=seed), haar(d, C, seed), haar(d, d, seed + 1)

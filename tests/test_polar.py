@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import warnings
-from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +12,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.library import opcheck
 
-from ngc_etf import lapack, procrustes
+from ngc_etf import lapack
+from ngc_etf.adjoint import vjp_one_cholesky
 from ngc_etf.implicit import ddn_jacobian, lagrange_multipliers
 from ngc_etf.nearest import nearest_etf
 from ngc_etf.procrustes import _derivative, _polar, polar
@@ -151,7 +152,8 @@ def test_vmap_over_one_argument_and_a_gradient_outside():
         loop = torch.stack([nearest_etf(X, near, 0.1, **kw) for X in H])
         assert torch.allclose(vmap(lambda X: nearest_etf(X, near, 0.1, **kw))(H), loop, atol=1e-13)
     X = means(6, 3).requires_grad_()
-    (inner,) = torch.autograd.grad(vmap(lambda c: nearest_etf(X * c, U_prox))(torch.ones(4, dtype=F64)).sum(), X)
+    four = vmap(lambda c: nearest_etf(X * c, U_prox))(torch.ones(4, dtype=F64))
+    (inner,) = torch.autograd.grad(four.sum(), X)
     (outer,) = torch.autograd.grad(4 * nearest_etf(X, U_prox).sum(), X)
     assert torch.allclose(inner, outer, atol=1e-12)
     several = torch.stack([haar(6, 3, k) for k in range(3)])
@@ -233,10 +235,9 @@ def test_compiled_forward_and_backward(solver):
 def test_compiled_transforms():
     torch._dynamo.reset()
     P = torch.stack([matrix("spread"), matrix("repeated")])
-    for f in (grad(cubes), hessian(cubes)):
-        assert torch.allclose(torch.compile(f, backend="aot_eager", fullgraph=True)(P[0]), f(P[0]), atol=1e-12)
-    f = vmap(grad(cubes))
-    assert torch.allclose(torch.compile(f, backend="aot_eager", fullgraph=True)(P), f(P), atol=1e-12)
+    for f, X in ((grad(cubes), P[0]), (hessian(cubes), P[0]), (vmap(grad(cubes)), P)):
+        compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+        assert torch.allclose(compiled(X), f(X), atol=1e-12)
 
 
 def test_compiled_refuses_what_is_not_finite():
@@ -310,16 +311,18 @@ def test_a_lying_driver_changes_no_answer(monkeypatch, driver, kind):
 
 
 @pytest.mark.parametrize("kind", ["NaN", "wrong", "raises"])
-@pytest.mark.parametrize("driver", ["solve", "qr"])
+@pytest.mark.parametrize("driver", ["solve", "qr", "cholesky"])
 def test_a_lying_driver_in_the_dense_chapter(monkeypatch, driver, kind):
-    H, U_prox = means(6, 3), haar(6, 3)
+    H, U_prox, v = means(6, 3), haar(6, 3), randn(6, 3)
     U = nearest_etf(H, U_prox, 0.1)
+    gradient = vjp_one_cholesky(H, U, U_prox, 0.1, v)
     jacobian = ddn_jacobian(H, U, U_prox, 0.1, via="multipliers")
     monkeypatch.setattr(lapack, "_warned", set())
     monkeypatch.setattr(torch.linalg, driver, lie(kind, getattr(torch.linalg, driver)))
     with pytest.warns(RuntimeWarning, match=f"torch.linalg.{driver} failed"):
         lagrange_multipliers(H, U, U_prox, 0.1)
         assert (ddn_jacobian(H, U, U_prox, 0.1, via="multipliers") - jacobian).abs().max() < 1e-10
+        assert (vjp_one_cholesky(H, U, U_prox, 0.1, v) - gradient).abs().max() < 1e-10
 
 
 FIRST_STEP = """
@@ -342,3 +345,12 @@ assert H.grad.isfinite().all()
 def test_first_step_with_most_classes_absent():
     "1000 classes of which 250 are present, two threads: MKL's gesdd returned NaN without an error here."
     subprocess.run([sys.executable, "-c", FIRST_STEP], check=True)
+
+
+# ---- a device without float64
+
+
+def test_a_device_without_float64():
+    "In a process of its own: a kind of device is registered once and for all."
+    script = Path(__file__).with_name("no_float64.py")
+    subprocess.run([sys.executable, "-W", "error::RuntimeWarning", script], check=True)
