@@ -9,17 +9,24 @@ __all__ = ['processes', 'class_sums', 'as_labels', 'check_batch', 'ValueCheck', 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
 
 # %% ../nbs/02_means.ipynb #c006
 def processes()->int:
     "How many processes train together: 1 without torch.distributed."
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
+def _reduce(x:Tensor)->Tensor:
+    "The sum over all processes, with gradient."
+    from torch.distributed import _functional_collectives as collectives
+    if hasattr(collectives, "all_reduce_backward"):  # torch knows its gradient, and can trace it
+        return collectives.all_reduce(x, "sum", dist.group.WORLD)
+    from torch.distributed.nn.functional import all_reduce
+    return all_reduce(x)
+
 def _all_sum(sums:Tensor, counts:Tensor)->tuple:
     "Both summed over the processes in one all-reduce, with gradient; themselves where there is one process."
     if processes() == 1: return sums, counts
-    both = all_reduce(torch.cat([sums, counts[..., None]], -1))
+    both = _reduce(torch.cat([sums, counts[..., None]], -1))
     return both[..., :-1], both[..., -1]
 
 # %% ../nbs/02_means.ipynb #c008
