@@ -200,7 +200,8 @@ def _learner(exp, rows, data, dls, device, compile, world_size):
     net = network(exp, data.C, device)
     if world_size > 1:
         net = share_norms(net, device)
-    compiled = compile and compile_network(net, *_sample(dls.train, device))
+    with torch.random.fork_rng(devices=[]):  # an iterator of torch's draws a seed
+        compiled = compile and compile_network(net, *_sample(dls.train, device))
     rows.C = data.C
     rows.about = {"device": str(device), "processes": world_size, "compiled": compiled}
     opt = partial(OptimWrapper, opt=partial(_make_optimizer, exp))

@@ -355,7 +355,7 @@ def test_compiled_rows_agree(tmp_path):
         )
         for c in (False, True)
     )
-    assert json.loads(two.json.read_text())["environment"]["compiled"]
+    assert json.loads(two.json.read_text())["environment"]["compiled"] == "network"
     a, b = (pd.read_csv(r.csv) for r in (one, two))
     assert a.train_loss[0] == pytest.approx(b.train_loss[0], rel=1e-3)
 
@@ -614,3 +614,24 @@ def test_variants_run_and_resume(changes, tmp_path, monkeypatch):
         one, two = (pd.read_csv(r.csv).drop(columns="seconds") for r in (whole, rows))
         pd.testing.assert_frame_equal(one, two, check_exact=True)
         assert rows.stored()["name"] == f"{name}-variant"
+
+
+def test_where_the_compiler_refuses_the_head_the_body_is_compiled(tmp_path, monkeypatch):
+    "With a message, noted beside the rows, and with the rows of the body alone."
+    from ngc_etf.step import Network
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self, *a, **k: None)  # what follows needs no compiler
+
+    def no(self, *a, **k):
+        raise RuntimeError("data-dependent branch\nat some line")
+
+    monkeypatch.setattr(Network, "compile", no)
+    exp = get_experiment("digits-net", epochs=1)
+    with pytest.warns(
+        UserWarning, match="does not take the head .RuntimeError: data-dependent branch.: the body"
+    ):
+        rows = run(exp, tmp_path / "body", device="cpu", progress=False, compile=True)
+    assert json.loads(rows.json.read_text(encoding="utf-8"))["environment"]["compiled"] == "body"
+    plain = run(exp, tmp_path / "plain", device="cpu", progress=False)
+    one, two = (pd.read_csv(r.csv).drop(columns="seconds") for r in (rows, plain))
+    pd.testing.assert_frame_equal(one, two, check_exact=True)  # the trial has left no trace
