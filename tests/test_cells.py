@@ -80,7 +80,12 @@ def test_the_tables_have_their_cells():
     )
 
 
-@pytest.mark.parametrize("name, method", CELLS, ids=lambda v: v)
+def one(name, method):
+    "A cell as a parameter; each network and data set is tried with one method, the others are slow tests."
+    return pytest.param(name, method, marks=[] if method == "nearest" else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name, method", [one(*cell) for cell in CELLS], ids=lambda v: v)
 def test_cell_runs_and_resumes(name, method, root, tmp_path, monkeypatch):
     begun = time.process_time()
     exp = get_experiment(name, method=method, epochs=2, batch_size=1000, at=(), every=10, size=8)
