@@ -14,9 +14,9 @@ help:       ## this list
 demo: .venv/.done       ## train the three classifiers on free features and on digits, then write report/index.html
 	export PYTHONWARNINGS=ignore; $(BIN)/ngc_train --suite demo --out runs/demo && $(BIN)/ngc_report --rows runs/demo --out report
 test: .venv/.done       ## every notebook and every test but the slow ones
-	$(BIN)/nbdev_test --n_workers 2 && $(BIN)/pytest -q tests
+	$(BIN)/nbdev_test --n_workers 2 && $(BIN)/pytest -q -n 2 --dist loadfile tests
 test-slow: .venv/.done  ## the slow notebook cells and tests as well (minutes)
-	$(BIN)/nbdev_test --n_workers 2 --flags slow && $(BIN)/pytest -q tests --slow
+	$(BIN)/nbdev_test --n_workers 2 --flags slow && $(BIN)/pytest -q -n 2 --dist loadfile tests --slow
 docs: .venv/.done       ## build the site into _docs
 	$(BIN)/python .ci/project.py docs
 figures: .venv/.done    ## draw the figures of the committed rows into nbs/images
