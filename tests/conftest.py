@@ -1,6 +1,12 @@
 "Slow tests run with --slow, tests that need a GPU where there is one."
 
-import pytest, torch
+import multiprocessing
+
+import pytest
+import torch
+
+# a test's processes are forked from one that has imported torch and done nothing else: quick, and no threads
+multiprocessing.set_forkserver_preload(["torch", "ngc_etf.heads"])
 
 
 def pytest_addoption(parser):

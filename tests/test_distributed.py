@@ -251,7 +251,7 @@ def test_sharded_parameters_and_checkpointed_blocks(reentrant, tmp_path):
         port = s.getsockname()[1]
     args = (sizes, port, reentrant, str(tmp_path))
     try:
-        mp.start_processes(sharded, args, nprocs=len(sizes), start_method="fork")
+        mp.start_processes(sharded, args, nprocs=len(sizes), start_method="forkserver")
     except mp.ProcessRaisedException as e:
         if "NotImplementedError" not in str(e):
             raise
@@ -302,5 +302,5 @@ def test_compiled_on_two_processes(setup, tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     args = (sizes, port, setup, str(tmp_path))
-    mp.start_processes(compiled, args, nprocs=len(sizes), start_method="fork")
+    mp.start_processes(compiled, args, nprocs=len(sizes), start_method="forkserver")
     identical([torch.load(f"{tmp_path}/{r}.pt") for r in range(len(sizes))])

@@ -142,7 +142,7 @@ def test_processes_share_one_batch(sizes, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.start_processes(worker, (sizes, port, str(tmp_path)), nprocs=len(sizes), start_method="fork")
+    mp.start_processes(worker, (sizes, port, str(tmp_path)), nprocs=len(sizes), start_method="forkserver")
     x, y = (torch.cat(parts) for parts in zip(*batch(sizes)))
     for loss in LOSSES:
         one = net()
