@@ -57,6 +57,9 @@ def check_listed(root):
     there = {p.name for p in (root / "nbs").glob("*.ipynb")}
     if missing := [p for p in pages if p not in there]:
         raise Problem(f"_quarto.yml lists pages that do not exist: {', '.join(missing)}")
+    names = [out_name(p) for p in pages]
+    if double := sorted({name for name in names if names.count(name) > 1}):
+        raise Problem(f"two notebooks would be one page: {', '.join(double)}")
     if unlisted := sorted(there - set(pages)):
         raise Problem(f"notebooks that _quarto.yml does not list: {', '.join(unlisted)}")
     return pages
@@ -164,10 +167,11 @@ def docs(root=ROOT):
     # where nbdev links a symbol to; a site that is read offline links to itself
     online = f'href="{online.doc_host}{online.doc_baseurl}/'
     link = rf"\[`([^`\]]+)`\]\({re.escape(online[6:])}[^)]*\)"  # in a signature's comments links stay text
-    done = {
-        f: re.sub(link, r"`\1`", mathml(f.name, f.read_text(encoding="utf-8"))).replace(online, 'href="')
-        for f in sorted(out.glob("*.html"))
-    }
+    private = r'<a href="[^"#]*#_\w+">(<code>.*?</code>)</a>'  # a helper has no entry to lead to
+    done = {}
+    for f in sorted(out.glob("*.html")):
+        page = re.sub(link, r"`\1`", mathml(f.name, f.read_text(encoding="utf-8")))
+        done[f] = re.sub(private, r"\1", page.replace(online, 'href="'))
     head = '<link rel="icon" href="data:,"><link rel="stylesheet" href="site.css"></head>'
     for f, s in done.items():
         f.write_text(s.replace("</head>", head, 1), encoding="utf-8")
