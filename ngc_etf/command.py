@@ -57,7 +57,7 @@ def _experiment_arguments(p):
     for name, text in _FLAGS:
         p.add_argument(f"--{name.replace('_', '-')}", action="store_true", default=None, help=text)
 
-# %% ../nbs/11e_command.ipynb #c007
+# %% ../nbs/11e_command.ipynb #c008
 #| code-fold: true
 def train_parser()->argparse.ArgumentParser:
     "The arguments of `ngc_train`."
@@ -96,7 +96,7 @@ def _machine_arguments(p):
     p.add_argument("--cluster-options", nargs="+", default=[], metavar="KEY=VALUE",
                    help="of submitit, such as slurm_partition=gpu timeout_min=600 gpus_per_node=1")
 
-# %% ../nbs/11e_command.ipynb #c009
+# %% ../nbs/11e_command.ipynb #c010
 #| code-fold: true
 _UNITS = {"h": 3600, "m": 60, "s": 1, "": 1}
 
@@ -119,7 +119,7 @@ def _cluster_options(pairs):
         raise ValueError(f"--cluster-options takes KEY=VALUE pairs, got {' '.join(pairs)}")
     return {k: _number(v) for k, v in options.items()}
 
-# %% ../nbs/11e_command.ipynb #c012
+# %% ../nbs/11e_command.ipynb #c014
 #| code-fold: true
 def named_cells(
     args,    # of `train_parser`
@@ -164,7 +164,7 @@ def _listing(args)->str:
     methods = ", ".join(METHODS)
     return f"{_table(known)}\nfolder:PATH, any tree of images\n\n{_table(suites)}\n\nmethods: {methods}"
 
-# %% ../nbs/11e_command.ipynb #c014
+# %% ../nbs/11e_command.ipynb #c016
 #| code-fold: true
 def _dry_run(cells, args):
     "Print what each cell would cost."

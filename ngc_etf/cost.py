@@ -62,7 +62,7 @@ def _steps_of(cell, precision, device):
         out[name] = build_step(exp, device, **changes)
     return out
 
-# %% ../nbs/13_cost.ipynb #c007
+# %% ../nbs/13_cost.ipynb #c008
 #| code-fold: true
 def step_rows(
     quick:bool=False, # free features only
@@ -86,7 +86,7 @@ def step_rows(
             rows.append(row | {"head_share": None if free else 100 * times[f"head, {m}"] / times[m]})
     return rows
 
-# %% ../nbs/13_cost.ipynb #c010
+# %% ../nbs/13_cost.ipynb #c012
 #| code-fold: true
 _CELLS = ("cifar10-resnet18", "cifar100-resnet50", "ufm-10", "ufm-100")
 _METHODS = ("standard", "fixed", "nearest", "nearest, paper")
@@ -124,7 +124,7 @@ def _training_of(cell, method, device):
     if method != "nearest, paper": return build_step(get_experiment(cell, method=method), device)
     return build_step(get_experiment(cell, method="nearest-no-ddn"), device, solver="trust_region")
 
-# %% ../nbs/13_cost.ipynb #c011
+# %% ../nbs/13_cost.ipynb #c014
 #| code-fold: true
 def methods_rows(
     quick:bool=False, # UFM-10 only
@@ -147,7 +147,7 @@ def methods_rows(
                 rows.append(row | {"forward_ms": forward, "backward_ms": backward + added})
     return rows
 
-# %% ../nbs/13_cost.ipynb #c014
+# %% ../nbs/13_cost.ipynb #c017
 #| code-fold: true
 _SPIN = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    sum(range(10**5))"
 
@@ -183,7 +183,7 @@ def _busy_calls(device):
         "digits step": build_step(get_experiment("digits-net"), device).step,
     }
 
-# %% ../nbs/13_cost.ipynb #c015
+# %% ../nbs/13_cost.ipynb #c019
 #| code-fold: true
 def busy_rows(
     quick:bool=False, # short windows
@@ -210,7 +210,7 @@ def busy_rows(
         torch.set_num_threads(before)
     return rows
 
-# %% ../nbs/13_cost.ipynb #c018
+# %% ../nbs/13_cost.ipynb #c023
 #| code-fold: true
 def _machine(device="cpu"):
     "The kind of machine that a row of cost belongs to."
@@ -230,7 +230,7 @@ def _keep(rows, command, folder, device):
     rows.assign(**machine).to_csv(path, index=False, float_format="%.5g")
     return path
 
-# %% ../nbs/13_cost.ipynb #c020
+# %% ../nbs/13_cost.ipynb #c025
 #| code-fold: true
 _COMMANDS = {"solver": solver_rows, "adjoint": adjoint_rows, "step": step_rows, "methods": methods_rows,
              "busy": busy_rows, "memory": memory_rows, "data": data_rows, "runner": runner_rows}

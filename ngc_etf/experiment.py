@@ -137,7 +137,7 @@ def _check_together(exp):
         raise ValueError("schedule must be none with optimizer agd, which has no learning rate, "
                          f"got {exp.schedule!r}")
 
-# %% ../nbs/11_experiment.ipynb #c013
+# %% ../nbs/11_experiment.ipynb #c014
 #| code-fold: true
 def _log_grid(last, points=40):
     "Whole numbers from 1 to `last`, evenly spaced on a logarithmic axis."
@@ -161,7 +161,7 @@ _KNOWN = [
 ]
 EXPERIMENTS = {e.name: e for e in _KNOWN}
 
-# %% ../nbs/11_experiment.ipynb #c015
+# %% ../nbs/11_experiment.ipynb #c016
 #| code-fold: true
 def get_experiment(
     name:str,    # one of `EXPERIMENTS`, or "folder:PATH" with a path below `root`
@@ -199,7 +199,7 @@ def _plain(text):
     "Text as part of a file's name, neither hidden nor a path."
     return "".join("-" if c in ":/\\" else c for c in text).lstrip(".") or "images"
 
-# %% ../nbs/11_experiment.ipynb #c018
+# %% ../nbs/11_experiment.ipynb #c020
 #| code-fold: true
 _THREE = ("standard", "fixed", "nearest")
 
@@ -222,7 +222,7 @@ SUITES = {
     "long-tail": _cells(["digits-net-lt", "cifar10-resnet18-lt"]),
 }
 
-# %% ../nbs/11_experiment.ipynb #c020
+# %% ../nbs/11_experiment.ipynb #c022
 #| code-fold: true
 def suite_cells(
     name:str,      # one of `SUITES`

@@ -46,7 +46,7 @@ def proximal_problem(
     H = _unit(before + moved*change)
     return H.to(device, dtype), U_prox.to(device, dtype)
 
-# %% ../nbs/12e_kernels.ipynb #c009
+# %% ../nbs/12e_kernels.ipynb #c010
 #| code-fold: true
 _SIZES = ((512, 10), (2048, 10), (512, 100), (2048, 100), (1024, 200))
 
@@ -88,7 +88,7 @@ def solver_rows(
         rows += _as_rows(H, take_turns(run, rounds, device), over_auto="auto")
     return rows
 
-# %% ../nbs/12e_kernels.ipynb #c011
+# %% ../nbs/12e_kernels.ipynb #c012
 #| code-fold: true
 def peak_bytes(
     f,             # function of no arguments
@@ -116,7 +116,7 @@ def _both_passes(H, U_prox, v, solver="auto"):
     X = H.detach().requires_grad_()
     return torch.autograd.grad(nearest_etf(X, U_prox, solver=solver), X, v)[0]
 
-# %% ../nbs/12e_kernels.ipynb #c014
+# %% ../nbs/12e_kernels.ipynb #c016
 #| code-fold: true
 def adjoint_rows(
     quick:bool=False, # small sizes only
@@ -164,7 +164,7 @@ def _dense_backward_seconds(H, U, U_prox, v):
     vjp_dense_constraints(H, U, U_prox, 1e-3, v)
     return time.perf_counter() - start
 
-# %% ../nbs/12e_kernels.ipynb #c019
+# %% ../nbs/12e_kernels.ipynb #c022
 #| code-fold: true
 def _dense_bytes(d, C, size):
     "The constraint Jacobian of Proposition 1: C(C+1)/2 rows of dC numbers of so many bytes."
@@ -211,7 +211,7 @@ def _head_bytes(method, d, C, N):
     peak = peak_bytes(step)
     return peak - h.nbytes, sum(p.nbytes for p in head.parameters())  # h's gradient is counted elsewhere
 
-# %% ../nbs/12e_kernels.ipynb #c020
+# %% ../nbs/12e_kernels.ipynb #c023
 #| code-fold: true
 def memory_rows(
     quick:bool=False, # UFM-10 and CIFAR-10 with ResNet18 only

@@ -56,7 +56,7 @@ def summary(
     groups = rows.groupby("method", sort=False)
     return pd.DataFrame([{"method": m} | _ends(group, about) for m, group in groups])
 
-# %% ../nbs/12b_outcomes.ipynb #c011
+# %% ../nbs/12b_outcomes.ipynb #c013
 #| code-fold: true
 _LENGTH = ("name", "seed", "epochs", "every", "at", "dense", "precision")
 
@@ -97,7 +97,7 @@ def sweep_table(
             out.append(where | _ends(here, about))
     return pd.DataFrame(out)
 
-# %% ../nbs/12b_outcomes.ipynb #c017
+# %% ../nbs/12b_outcomes.ipynb #c019
 #| code-fold: true
 def coverage(
     rows:pd.DataFrame, # of any experiments

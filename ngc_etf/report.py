@@ -49,7 +49,7 @@ def as_html(
     text = _words(table).to_html(index=False, border=0)
     return text.replace("<td>not run</td>", '<td class="missing">not run</td>')
 
-# %% ../nbs/12d_report.ipynb #c008
+# %% ../nbs/12d_report.ipynb #c009
 #| code-fold: true
 _TEX = {c: "\\" + c for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", ">": "$>$", "<": "$<$",
@@ -86,7 +86,7 @@ def as_latex(
     ]
     return "\n".join([*begin, *lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
-# %% ../nbs/12d_report.ipynb #c012
+# %% ../nbs/12d_report.ipynb #c013
 #| code-fold: true
 def _is_absent(value):
     return value is None or str(value) == "no verdict: not run"
@@ -135,7 +135,7 @@ def _all_tables(evidence, verdicts):
             titles[field] = (f"Sweep: {field}", f"Runs that differ in {field} alone.", table, "")
     return titles
 
-# %% ../nbs/12d_report.ipynb #c015
+# %% ../nbs/12d_report.ipynb #c017
 #| code-fold: true
 def write_tables(
     folder,            # where the files go
@@ -154,7 +154,7 @@ def write_tables(
             out[-1].write_text(text, encoding="utf-8")
     return out
 
-# %% ../nbs/12d_report.ipynb #c017
+# %% ../nbs/12d_report.ipynb #c019
 #| code-fold: true
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -201,7 +201,7 @@ def _wide(table, name="", absent=""):
     body = as_html(table) if len(table) else ""
     return f'<div class="wide {_KINDS.get(name, "")}">{body}</div>{note}'
 
-# %% ../nbs/12d_report.ipynb #c019
+# %% ../nbs/12d_report.ipynb #c021
 #| code-fold: true
 def _settings(about, name):
     "The descriptions of one experiment's runs, its C and its floor; a `ValueError` where they differ."
@@ -237,7 +237,7 @@ def _figure(evidence, name, group):
     _, C, floor = _settings(evidence.about, name)
     return panels(group, evidence.margins[evidence.margins.experiment == name], C, floor)
 
-# %% ../nbs/12d_report.ipynb #c021
+# %% ../nbs/12d_report.ipynb #c025
 #| code-fold: true
 def _of_one(evidence, name, group, figures):
     "The part of the page about one experiment."
@@ -275,7 +275,7 @@ def _of_all(evidence, tables, figures):
         out += [f"<h2>{html.escape(title)}</h2><p>{html.escape(caption)}</p>", _wide(table, name, absent)]
     return out if of_paper else [*out, "<p>No run here belongs to Tables 1 and 2 of the paper.</p>"]
 
-# %% ../nbs/12d_report.ipynb #c022
+# %% ../nbs/12d_report.ipynb #c027
 #| code-fold: true
 _LINES = (
     "In the figures, lines are medians over seeds, bands run from the least to the greatest, and dotted "
@@ -300,7 +300,7 @@ def html_report(
     path.write_text(_PAGE.format(title="report", body="\n".join(body)), encoding="utf-8")
     return path
 
-# %% ../nbs/12d_report.ipynb #c026
+# %% ../nbs/12d_report.ipynb #c031
 #| code-fold: true
 def _parser():
     "The arguments of `ngc_report`."
@@ -317,7 +317,7 @@ def _parser():
     p.add_argument("--seeds", type=int, help="with --suite: seeds of each run (default: the suite's own)")
     return p
 
-# %% ../nbs/12d_report.ipynb #c028
+# %% ../nbs/12d_report.ipynb #c033
 #| code-fold: true
 def _print_report(args):
     "What `ngc_report` says and writes; the complaints, with --check."

@@ -59,7 +59,7 @@ def _write_whole(
     finally:
         part.unlink(missing_ok=True)
 
-# %% ../nbs/11a_rows.ipynb #c010
+# %% ../nbs/11a_rows.ipynb #c011
 #| code-fold: true
 FORMAT = 1  # of the files; grows when an older program could misread them
 
@@ -78,7 +78,7 @@ def parse_config(
             "folder with --out (nothing was changed)")
     return Experiment("", "digits").as_json | fields
 
-# %% ../nbs/11a_rows.ipynb #c013
+# %% ../nbs/11a_rows.ipynb #c014
 #| code-fold: true
 def _short(value, width=70):
     text = str(value)
@@ -98,7 +98,7 @@ def check_data(
     raise ValueError(f"{path} is of a run on other data ({differ}): choose another folder with --out, "
                      "or run anew with --again")
 
-# %% ../nbs/11a_rows.ipynb #c016
+# %% ../nbs/11a_rows.ipynb #c017
 #| code-fold: true
 _NO_LOCKS = {getattr(errno, name, None) for name in ("ENOSYS", "ENOTSUP", "EOPNOTSUPP", "ENOLCK", "EINVAL")}
 
@@ -120,7 +120,7 @@ def _lock(file, path, stem):
     file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()
 
-# %% ../nbs/11a_rows.ipynb #c018
+# %% ../nbs/11a_rows.ipynb #c019
 #| code-fold: true
 class _Files:
     "The files of one run, and what lies in them."
@@ -176,7 +176,7 @@ class _Files:
         whole = self.csv.exists() and not self.ckpt.exists() and self.stored() is not None
         return whole and not self.other and self.epoch == self.exp.epochs
 
-# %% ../nbs/11a_rows.ipynb #c020
+# %% ../nbs/11a_rows.ipynb #c021
 #| code-fold: true
 class Rows(_Files):
     "The files of one run: `append` rows, `save` them, `checkpoint` and `resume`."
@@ -246,7 +246,7 @@ class Rows(_Files):
             finally:
                 self.lock.unlink(missing_ok=True)
 
-# %% ../nbs/11a_rows.ipynb #c022
+# %% ../nbs/11a_rows.ipynb #c023
 #| code-fold: true
 def save_margins(
     rows:Rows,       # the run's files
@@ -262,7 +262,7 @@ def save_margins(
     frame = pd.DataFrame(run | {"rank": rank.numpy(), "of": len(m), "margin": m[rank].numpy()})
     _write_whole(rows.margins, lambda f: frame.to_csv(f, index=False, float_format="%.6g"))
 
-# %% ../nbs/11a_rows.ipynb #c025
+# %% ../nbs/11a_rows.ipynb #c027
 #| code-fold: true
 _KEY = ["experiment", "method", "seed", "epoch"]
 _MARGINS = [*_KEY[:3], "rank", "of", "margin"]
@@ -312,7 +312,7 @@ def _of_ours(path):
     except OSError:
         return False
 
-# %% ../nbs/11a_rows.ipynb #c027
+# %% ../nbs/11a_rows.ipynb #c029
 #| code-fold: true
 def _description(path):
     "What stands beside a file of rows, complete, and the run that it names."
@@ -368,7 +368,7 @@ def read_runs(
             runs[run] = found
     return runs, wrong
 
-# %% ../nbs/11a_rows.ipynb #c029
+# %% ../nbs/11a_rows.ipynb #c031
 #| code-fold: true
 def _ordered(frame):
     "In the order of the paper: experiments, methods, seeds as they are listed, others by name."
@@ -399,7 +399,7 @@ def by_experiment(
     for name, group in rows.groupby("experiment", sort=False):
         yield name, group.dropna(axis=1, how="all")
 
-# %% ../nbs/11a_rows.ipynb #c035
+# %% ../nbs/11a_rows.ipynb #c037
 #| code-fold: true
 def _gaps(run)->list:
     "What a run's description promises and its rows do not hold."

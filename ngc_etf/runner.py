@@ -56,7 +56,7 @@ def _late(deadline, ahead=0.)->bool:
     "Would `ahead` more seconds miss the deadline, a time of `time.time()`?"
     return deadline is not None and time.time() + ahead > deadline
 
-# %% ../nbs/11c_runner.ipynb #c007
+# %% ../nbs/11c_runner.ipynb #c008
 #| code-fold: true
 def _begin_ufm(exp, rows, device):
     "The step of a UFM as its checkpoint left it, the iterations done, and the seconds they took."
@@ -92,7 +92,7 @@ def _run_ufm(exp, rows, device="cpu", progress=True, deadline=None):
         if late: raise OutOfTime(f"{exp.stem}: out of time after iteration {t} of {exp.epochs}")
     save_margins(rows, measure_collapse(head, [(x.data, y)], margins=True)["margins"])
 
-# %% ../nbs/11c_runner.ipynb #c011
+# %% ../nbs/11c_runner.ipynb #c012
 #| code-fold: true
 class Record(Callback):
     "Evaluate when due, write rows and a checkpoint each epoch, show one bar, stop in time."
@@ -176,7 +176,7 @@ class Record(Callback):
         self.stopped = True
         raise CancelFitException()
 
-# %% ../nbs/11c_runner.ipynb #c013
+# %% ../nbs/11c_runner.ipynb #c014
 #| code-fold: true
 def _tracker(name, rows):
     "fastai's own callback for a tracker; a `ValueError` that says how to install an absent one."
@@ -193,7 +193,7 @@ def _tracker(name, rows):
         wandb.init(project="ngc_etf", name=rows.exp.stem, config=rows.exp.as_json, reinit=True)
     return WandbCallback(log_preds=False)
 
-# %% ../nbs/11c_runner.ipynb #c015
+# %% ../nbs/11c_runner.ipynb #c016
 #| code-fold: true
 def _learner(exp, rows, data, dls, device, compile, world_size):
     "The Learner of an experiment, its optimiser made; it trains `net`, which several processes wrap."
@@ -248,7 +248,7 @@ def _run_images(exp, rows, data, device="cpu", progress=True, workers=4, compile
     if record.stopped:
         raise OutOfTime(f"{exp.stem}: out of time after epoch {record.done} of {exp.epochs}")
 
-# %% ../nbs/11c_runner.ipynb #c017
+# %% ../nbs/11c_runner.ipynb #c018
 #| code-fold: true
 def on_device(
     device:str=None, # "cpu", "cuda", "cuda:1"..., or None
@@ -266,7 +266,7 @@ def on_device(
         raise ValueError(f"{asked} {torch.cuda.device_count()} GPUs here")
     return device
 
-# %% ../nbs/11c_runner.ipynb #c019
+# %% ../nbs/11c_runner.ipynb #c020
 #| code-fold: true
 def settle_precision(
     exp:Experiment, # whose precision may be "auto"
@@ -318,7 +318,7 @@ def _warn_if_slow(exp, device):
         warnings.warn(f"{exp.stem} trains in bf16, in which this machine takes {1/ratio:.1f} times as long "
                       "as in fp32: --precision fp32 is faster here", stacklevel=2)
 
-# %% ../nbs/11c_runner.ipynb #c020
+# %% ../nbs/11c_runner.ipynb #c022
 #| code-fold: true
 def _open(exp, rows, root, download):
     "The data of a run and its fingerprint, which must be that of the rows that lie here."

@@ -53,7 +53,7 @@ def make_head(
     name, given = METHODS[method]
     return getattr(heads, name)(d, C, **given | fields | changes)
 
-# %% ../nbs/11b_step.ipynb #c009
+# %% ../nbs/11b_step.ipynb #c010
 #| code-fold: true
 class Network(nn.Module):
     "Body, then head; the body under autocast where the precision is bf16, the head never."
@@ -82,7 +82,7 @@ def network(
     net = Network(trunk, make_head(exp, d, C, **changes), exp.precision)
     return net.to(device, memory_format=torch.channels_last)
 
-# %% ../nbs/11b_step.ipynb #c012
+# %% ../nbs/11b_step.ipynb #c014
 #| code-fold: true
 def _half_cosine(a, b, s):
     return b + (a - b) * (1 + math.cos(math.pi * s)) / 2
@@ -113,7 +113,7 @@ def _make_optimizer(
     if exp.optimizer == "sgd": return torch.optim.SGD(params, lr=lr, momentum=.9, weight_decay=1e-4)
     return AGD(params, gain=exp.gain)
 
-# %% ../nbs/11b_step.ipynb #c015
+# %% ../nbs/11b_step.ipynb #c018
 #| code-fold: true
 def open_data(
     exp:Experiment,      # names the data set
@@ -155,7 +155,7 @@ def _sizes(exp, root="data"):
     train, test, channels, side = spec.shape
     return spec.C, train, test, (channels, side, side) if side > 1 else (channels,)
 
-# %% ../nbs/11b_step.ipynb #c019
+# %% ../nbs/11b_step.ipynb #c022
 #| code-fold: true
 class TrainingStep:
     "A network, its optimiser and loss, and a batch (x, y) to step on."
@@ -216,7 +216,7 @@ def _free_step(exp, device="cpu", **changes):
     head = make_head(exp, d, C, **changes).to(device)
     return TrainingStep(exp, Network(nn.Identity(), head), x, balanced_labels(C, N, device))
 
-# %% ../nbs/11b_step.ipynb #c023
+# %% ../nbs/11b_step.ipynb #c026
 #| code-fold: true
 @torch.no_grad()
 def restore(

@@ -58,7 +58,7 @@ def to_do(
     left = [(_share(said), exp) for said, exp in states if said != "done"]
     return [exp for _, exp in sorted(left, key=lambda cell: -cell[0])]
 
-# %% ../nbs/11d_suite.ipynb #c009
+# %% ../nbs/11d_suite.ipynb #c010
 #| code-fold: true
 @dataclass
 class Outcome:
@@ -106,7 +106,7 @@ def run_cells(
             _say(f"[{i}/{len(cells)}] {exp.stem} failed: {_complaint(e)}", file=sys.stderr)
     return outcome
 
-# %% ../nbs/11d_suite.ipynb #c012
+# %% ../nbs/11d_suite.ipynb #c014
 #| code-fold: true
 _OUT_OF_TIME = 75  # exit status of a child that its deadline stopped
 _CHILD = "from ngc_etf.suite import _child; _child()"
@@ -150,7 +150,7 @@ class _Job:
         lines = self.log.read().decode("utf-8", "replace").strip().splitlines()
         return lines[-1] if lines else f"the process ended with status {self.process.returncode}"
 
-# %% ../nbs/11d_suite.ipynb #c013
+# %% ../nbs/11d_suite.ipynb #c016
 #| code-fold: true
 class _Jobs:
     "So many cells at once."
@@ -217,7 +217,7 @@ def run_jobs(
         bar.close()
     return work.outcome
 
-# %% ../nbs/11d_suite.ipynb #c016
+# %% ../nbs/11d_suite.ipynb #c020
 #| code-fold: true
 class PeakMemory:
     "Highest memory within a `with` block: `gigabytes` of the allocator on a GPU, of the process elsewhere."
@@ -280,7 +280,7 @@ def estimate(
         "on": str(device),
     }
 
-# %% ../nbs/11d_suite.ipynb #c019
+# %% ../nbs/11d_suite.ipynb #c024
 #| code-fold: true
 class Job:
     "One cell, as submitit wants it: a picklable call that may be queued again."

@@ -153,7 +153,7 @@ def accuracy_table(
             out.append(line)
     return pd.DataFrame(out, dtype=object)
 
-# %% ../nbs/12a_tables.ipynb #c021
+# %% ../nbs/12a_tables.ipynb #c022
 #| code-fold: true
 def _order(cells, least=False):
     "The methods of {method: Cell} by their medians, best first: 'a > b = c'."
@@ -196,7 +196,7 @@ def verdict_table(
         out.append(line)
     return pd.DataFrame(out)
 
-# %% ../nbs/12a_tables.ipynb #c025
+# %% ../nbs/12a_tables.ipynb #c026
 #| code-fold: true
 _HEADS_3 = {"standard": "standard", "fixed": "fixed", "nearest-no-ddn": "nearest w/o DDN",
             "nearest": "nearest"}
