@@ -123,7 +123,7 @@ def _faster(evidence, columns, methods=_THREE, falls=False):
         out[name] = (float(min(ratios)), _seeds(runs))
     return out
 
-# %% ../nbs/12c_claims.ipynb #c017
+# %% ../nbs/12c_claims.ipynb #c019
 #| code-fold: true
 def _convergence(evidence):
     words = "{:.3g} times fewer epochs to the line than the better of standard and fixed"
@@ -150,7 +150,7 @@ def _floor(evidence):
     words = "loss at most {:.2g} of the floor above it, worst run of fixed and nearest,"
     return _judge(effects, lambda x: x < .01, words, "free features with fixed and nearest")
 
-# %% ../nbs/12c_claims.ipynb #c020
+# %% ../nbs/12c_claims.ipynb #c022
 #| code-fold: true
 def _constant_rate(evidence):
     effects, words, others = {}, "epochs to 99% grow {:.3g} times", [np.inf]
@@ -182,7 +182,7 @@ def _spread_of_seeds(evidence):
     words = "the others' smaller range is {:.3g} times the nearest head's, worse of training and test,"
     return _judge(effects, lambda x: x > 1, words, "one experiment on images with all three heads")
 
-# %% ../nbs/12c_claims.ipynb #c022
+# %% ../nbs/12c_claims.ipynb #c024
 #| code-fold: true
 _PAIR = ("nearest-no-ddn", "nearest")
 
@@ -217,7 +217,7 @@ def _more_at_the_margin(evidence):
     need = "images with both, trained until samples reach the margin"
     return _judge(effects, lambda x: x > 0, words, need)
 
-# %% ../nbs/12c_claims.ipynb #c025
+# %% ../nbs/12c_claims.ipynb #c027
 #| code-fold: true
 def _swept(evidence, field):
     "For each sweep of the nearest head: its name, and {value: runs}."
@@ -259,7 +259,7 @@ def _stable_start(evidence):
     words = "without it, losses of the first ten epochs vary {:.3g} times as much over seeds"
     return _judge(effects, lambda x: x > 1, words, "runs with and without solving (6) first")
 
-# %% ../nbs/12c_claims.ipynb #c029
+# %% ../nbs/12c_claims.ipynb #c031
 #| code-fold: true
 def _price(evidence):
     effects, cost = {}, evidence.methods
@@ -284,7 +284,7 @@ def _memory(evidence):
         words = ""
     return _judge(effects, lambda x: x > .5, words, "rows of `ngc_cost memory`")._replace(seeds=0)
 
-# %% ../nbs/12c_claims.ipynb #c031
+# %% ../nbs/12c_claims.ipynb #c033
 #| code-fold: true
 CLAIMS = [
     Claim("faster convergence", "§1, §4, Tables 1, 2", _convergence,
@@ -315,7 +315,7 @@ CLAIMS = [
           "computing the backward pass ... is challenging due to the memory inefficiency"),
 ]
 
-# %% ../nbs/12c_claims.ipynb #c033
+# %% ../nbs/12c_claims.ipynb #c035
 #| code-fold: true
 def judge(
     evidence:Evidence, # of `read_evidence`

@@ -352,7 +352,10 @@ def run(
         raise ValueError("free features are one batch, in a plain loop on one process: "
                          "--compile, --tracker and several processes are for images")
     if again and rank == 0:
-        Rows(exp, out).clear()
+        if exp.data not in UFM:
+            open_data(exp, root, download)  # what is missing is said before anything is taken away
+        with Rows(exp, out).locked():
+            Rows(exp, out).clear()
     if world_size > 1:
         dist.barrier()
     exp = _same_precision(exp, out, device, world_size, root)

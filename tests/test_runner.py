@@ -635,3 +635,20 @@ def test_where_the_compiler_refuses_the_head_the_body_is_compiled(tmp_path, monk
     plain = run(exp, tmp_path / "plain", device="cpu", progress=False)
     one, two = (pd.read_csv(r.csv).drop(columns="seconds") for r in (rows, plain))
     pd.testing.assert_frame_equal(one, two, check_exact=True)  # the trial has left no trace
+
+
+def test_again_takes_nothing_away_before_the_data_are_there(tmp_path):
+    "A run that is done keeps its rows when it is asked for again without its data, or beside a live one."
+    exp = get_experiment("cifar10-resnet18", epochs=1)
+    rows = Rows(exp, tmp_path / "out")
+    rows.csv.parent.mkdir(parents=True)
+    rows.csv.write_text("precious\n")
+    with pytest.raises(FileNotFoundError, match="not found"):
+        run(exp, tmp_path / "out", tmp_path / "nowhere", again=True, progress=False)
+    digits = get_experiment("digits-net", epochs=1)
+    held = Rows(digits, tmp_path / "out")
+    held.csv.parent.mkdir(parents=True)
+    held.csv.write_text("precious\n")
+    with held.locked(), pytest.raises(ValueError, match="another process"):
+        run(digits, tmp_path / "out", again=True, progress=False)
+    assert rows.csv.read_text() == held.csv.read_text() == "precious\n"
