@@ -20,6 +20,7 @@ test-slow: .venv/.done  ## the slow notebook cells and tests as well (minutes)
 docs: .venv/.done       ## build the site into _docs
 	$(BIN)/python .ci/project.py docs
 figures: .venv/.done    ## draw the figures of the committed rows into nbs/images
-	$(BIN)/ngc_report --rows results --out report --figures nbs/images
+	$(BIN)/ngc_report --rows results --out report --figures report/figures
+	for name in ufm-10 clusters-100 cifar10-resnet18; do cp report/figures/$$name.png nbs/images; done
 clean:      ## remove what was generated, the environment included
 	rm -rf .venv _proc _docs report build dist *.egg-info .pytest_cache .hypothesis
