@@ -42,6 +42,7 @@ _MODULES = {
     "runner": "OutOfTime Record on_device settle_precision run",
     "suite": "state to_do Outcome run_cells run_jobs PeakMemory estimate Job submit",
     "command": "train_parser named_cells train_main",
+    "streams": "STREAMS measure_streams write_streams",
     "figures": "line_style curve show save_figure floor_of panels has_curves classes_grow step_times",
     "tables": "TABLES_1_2 TABLE_3 PAPER Cell accuracy_table verdict_table memory_table",
     "outcomes": "summary sweep_table coverage",
