@@ -15,7 +15,7 @@ from .catalogue import UFM
 from .experiment import EXPERIMENTS
 from .figures import floor_of
 from .outcomes import _runs, _sweeps, _together
-from .rows import load_rows
+from .reading import load_rows
 from .tables import _of_paper, _read_cost, _stems
 
 # %% ../nbs/12d_claims.ipynb #c006

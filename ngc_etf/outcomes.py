@@ -13,7 +13,7 @@ import pandas as pd
 
 from .experiment import EXPERIMENTS
 from .figures import floor_of
-from .rows import _KEY
+from .reading import _KEY
 from .tables import _FREE, Cell, _deviations, _stems
 
 # %% ../nbs/12b_outcomes.ipynb #c007

@@ -22,7 +22,7 @@ from .experiment import SUITES
 from .figures import _png, classes_grow, floor_of, has_curves, panels, save_figure, step_times
 from .machine import _say, _speaking_as
 from .outcomes import _epochs_to, _runs, coverage, summary, sweep_table
-from .rows import by_experiment, check_rows
+from .reading import by_experiment, check_rows
 from .tables import _TITLES, Cell, _verdict, accuracy_table, memory_table, verdict_table
 
 # %% ../nbs/12f_report.ipynb #c007
