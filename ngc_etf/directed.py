@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .layer import Head
-from .procrustes import at_least_float32, polar
+from .procrustes import polar
 from .simplex import canonical_direction, check_classes, haar_direction, simplex_etf
+from .solvers import at_least_float32
 
 # %% ../nbs/04c_directed.ipynb #c007
 def _gap(U)->float:

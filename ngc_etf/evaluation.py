@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .heads import Head
 from .means import as_labels
 from .metrics import _batch
-from .procrustes import _has_float64, at_least_float32
+from .solvers import _has_float64, at_least_float32
 from .streaming import NeuralCollapse
 from .swap import _CannotRun, last_linear
 
