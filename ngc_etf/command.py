@@ -43,6 +43,7 @@ _FIELDS = [  # name of the field, type, help
 _FLAGS = [
     ("lag", "W from the means of the earlier batches only"),
     ("scale_free", "delta scaled with the number of classes"),
+    ("solve_first", "the first proximal direction solves problem (6), or is the start itself (default: solve)"),
 ]
 
 def _experiment_arguments(p):
@@ -55,7 +56,7 @@ def _experiment_arguments(p):
     for name, kind, text in _FIELDS:
         p.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     for name, text in _FLAGS:
-        p.add_argument(f"--{name.replace('_', '-')}", action="store_true", default=None, help=text)
+        p.add_argument(f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction, help=text)
 
 # %% ../nbs/11g_command.ipynb #c008
 #| code-fold: true

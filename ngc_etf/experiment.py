@@ -54,6 +54,7 @@ class Experiment:
     alpha:object = "paper"      # smoothing of the means: "paper", "cumulative", or a constant in (0, 1]
     start:str = "canonical"     # direction before the first step: "canonical" or "haar"
     lag:bool = False            # W from the means of the earlier batches only
+    solve_first:bool = True     # the first U_prox solves problem (6); the start itself where off
     scale_free:bool = False     # delta scaled with C, see `scale_free_delta`; `delta` is not read
     loss:str = "ce"             # "ce", "ntce" or "nonl"
     optimizer:str = "agd"       # "agd"; "adamw" (decay 0.01); "sgd" (momentum 0.9, decay 1e-4)

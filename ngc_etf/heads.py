@@ -112,12 +112,13 @@ def _take_rank_0s(U:Tensor)->Tensor:
     return U
 
 # %% ../nbs/05_heads.ipynb #c021
-def _proximal(H, U_prox, first:bool, solver:str):
+def _proximal(H, U_prox, first:bool, solver:str, solve_first:bool=True):
     "U_prox of problem (7): the last direction; at the first step the solution of (6) nearest to the start."
     U_prox = U_prox.to(H, copy=True)
     if not first: return U_prox
     if processes() > 1:
         _take_rank_0s(U_prox)
+    if not solve_first: return U_prox
     return nearest_etf(H.detach(), solver=solver, start=U_prox, validate=False)
 
 def _nearest(H, U_prox, delta:float, solver:str):
@@ -132,17 +133,17 @@ _SPLITS = (torch.Tag.cudagraph_unsafe,)  # reads a number: CUDA graphs must leav
 
 @torch.library.custom_op("ngc_etf::solve_or_hold", mutates_args=(), tags=_SPLITS)
 def _solve_or_hold(
-    H:Tensor, U_prox:Tensor, done:Tensor, delta:float, every:int, solver:str,
+    H:Tensor, U_prox:Tensor, done:Tensor, delta:float, every:int, solver:str, solve_first:bool,
 )->tuple[Tensor, Tensor]:
     "U (d, C) of problem (7) and the P that it is the polar factor of; between solves the last U, and zeros."
     step = int(done)
     if step % every: return U_prox.to(H, copy=True).contiguous(), H.new_zeros(H.shape)
-    U_prox = _proximal(H, U_prox, step == 0, solver)
+    U_prox = _proximal(H, U_prox, step == 0, solver, solve_first)
     U, P = _nearest(H, U_prox, delta, solver), procrustes_target(H, U_prox, delta)
     return U.contiguous(), P.contiguous()
 
 @_solve_or_hold.register_fake
-def _(H, U_prox, done, delta, every, solver):
+def _(H, U_prox, done, delta, every, solver, solve_first):
     return H.new_empty(H.shape), H.new_empty(H.shape)
 
 # %% ../nbs/05_heads.ipynb #c024
@@ -163,7 +164,8 @@ def _save(ctx, inputs, output):
 def _adjoint(ctx, v, _):
     "dL/dH = 2 dL/dP M̃."
     dP = torch.ops.ngc_etf.solve_or_hold_vjp(*ctx.saved_tensors, v)
-    return (dP - dP.mean(1, keepdim=True)) * (2 / (v.shape[1]-1)**0.5), None, None, None, None, None
+    dH = (dP - dP.mean(1, keepdim=True)) * (2 / (v.shape[1]-1)**0.5)
+    return dH, None, None, None, None, None, None
 
 _solve_or_hold.register_autograd(_adjoint, setup_context=_save)
 
@@ -184,6 +186,7 @@ class NearestETFHead(_DirectedHead):
         validate:bool=True,  # check labels and features (on a GPU one step late, without a stall)
         solve_every:int=1,   # solve at steps 1, k+1, 2k+1, ...; in between W is held
         lag:bool=False,      # W from the means of earlier batches only, without gradient
+        solve_first:bool=True, # the first U_prox solves problem (6); the start itself where off
     ):
         super().__init__(direction(start, d, C), RunningMeans(d, C, alpha, validate), tau)
         if not delta > 0:
@@ -193,7 +196,7 @@ class NearestETFHead(_DirectedHead):
         if not (isinstance(solve_every, int) and solve_every >= 1):
             raise ValueError(f"solve_every must be a whole number of steps from 1, got {solve_every!r}")
         self.delta, self.ddn_grad, self.solver = delta, ddn_grad, solver
-        self.solve_every, self.lag = solve_every, lag
+        self.solve_every, self.lag, self.solve_first = solve_every, lag, solve_first
         self._known = None   # steps so far, and the state of the buffer means.t that they were read from
         self._begun = False  # whether the first step is known to be done
 
@@ -222,7 +225,7 @@ class NearestETFHead(_DirectedHead):
         H, h_G = self.means(x, y)
         self._known, self._begun = (done + 1, _counts((self.means.t,))), True
         if done % self.solve_every: return None, h_G
-        U_prox = _proximal(H, self.U_prox, done == 0, self.solver)
+        U_prox = _proximal(H, self.U_prox, done == 0, self.solver, self.solve_first)
         U = _nearest(self._stream(H), U_prox, self.delta, self.solver)
         W = _rows(U)
         self._store(U, W)
@@ -236,7 +239,8 @@ class NearestETFHead(_DirectedHead):
         H, h_G = self.means(x, y)
         H = self._stream(H)
         if asks:
-            U = _solve_or_hold(H, U_prox, done, self.delta, self.solve_every, self.solver)[0]
+            how = self.delta, self.solve_every, self.solver, self.solve_first
+            U = _solve_or_hold(H, U_prox, done, *how)[0]
         else:
             U = nearest_etf(H, U_prox, self.delta, self.solver, validate=False)
         W = _rows(U)

@@ -37,7 +37,8 @@ def _head_fields(exp, C):
     "The arguments that a description has for its head."
     if not exp.method.startswith("nearest"): return {"tau": exp.tau}
     delta = scale_free_delta(C) if exp.scale_free else exp.delta
-    return {"tau": exp.tau, "delta": delta, "alpha": exp.alpha, "start": exp.start, "lag": exp.lag}
+    same = {name: getattr(exp, name) for name in ("tau", "alpha", "start", "lag", "solve_first")}
+    return same | {"delta": delta}
 
 def make_head(
     exp,        # `Experiment`, or the name of a method

@@ -586,7 +586,7 @@ def test_provenance_is_ours_or_none(tmp_path, monkeypatch):
     [
         {"optimizer": "adamw", "schedule": "onecycle", "lr": 0.01},
         {"optimizer": "sgd", "lr": 0.1},
-        {"alpha": "cumulative", "start": "haar", "scale_free": True},
+        {"alpha": "cumulative", "start": "haar", "scale_free": True, "solve_first": False},
     ],
 )
 def test_variants_run_and_resume(changes, tmp_path, monkeypatch):
