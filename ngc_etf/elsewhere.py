@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from .classifier import _layers
 from .heads import Head, NearestETFHead
-from .swap import _layers, _swap_for_data, swap_head
+from .swap import _swap_for_data, swap_head
 
 # %% ../nbs/10a_elsewhere.ipynb #c008
 def _need(

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .classifier import _CannotRun, last_linear
 from .heads import Head
 from .means import as_labels
 from .metrics import _batch
-from .procrustes import _has_float64, at_least_float32
+from .solvers import _has_float64, at_least_float32
 from .streaming import NeuralCollapse
-from .swap import _CannotRun, last_linear
 
 # %% ../nbs/06c_evaluation.ipynb #c006
 def _to(x, device):

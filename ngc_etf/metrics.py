@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .lapack import eigh, svd
 from .means import _centre, _label_faults, as_labels
-from .procrustes import _wide
+from .solvers import _wide
 from .simplex import check_classes, standard_etf
 
 # %% ../nbs/06_metrics.ipynb #c007

@@ -28,7 +28,7 @@ from .folders import FolderData, folder_data, folder_loaders
 from .heads import Head
 from .losses import nonl, ntce
 from .models import body
-from .procrustes import at_least_float32
+from .solvers import at_least_float32
 
 # %% ../nbs/11b_step.ipynb #c006
 #| code-fold: true

@@ -16,7 +16,7 @@ from torchmetrics import Metric
 from .means import _centre, as_labels
 from .metrics import _batch, _cdnv, _disagree, _dual, _f64, _margins, _matrix, _no_means
 from .metrics import cosine_margins, equinorm_gap, nc2, nc3, numerical_rank, pair_cosines
-from .procrustes import _has_float64
+from .solvers import _has_float64
 from .simplex import check_classes
 
 # %% ../nbs/06b_streaming.ipynb #c008

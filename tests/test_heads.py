@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.checkpoint import checkpoint
 
 import ngc_etf.procrustes as procrustes
+import ngc_etf.solvers as solvers
 from ngc_etf.heads import FixedETFHead, NearestETFHead, StandardHead
 from ngc_etf.nearest import nearest_etf
 from ngc_etf.simplex import haar_direction
@@ -327,7 +328,7 @@ class NothingIsRead(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("ddn_grad", [True, False])
 def test_no_host_synchronisation_in_the_step(solve_every, ddn_grad, monkeypatch):
     "A GPU's path through the step, taken on the CPU: its solver and adjoint, its checks left out."
-    monkeypatch.setattr(procrustes, "_deferred", lambda P: True)
+    monkeypatch.setattr(solvers, "_deferred", lambda P: True)
     monkeypatch.setattr(procrustes, "_spectrum", lambda P, U: ((U.mT @ P + P.mT @ U) / 2, None))
     monkeypatch.setattr(
         procrustes, "polar_vjp", lambda U, S, V, v: procrustes._polar_vjp_products(U, S, v)
@@ -622,7 +623,7 @@ class NoFloat64(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("Head", HEADS)
 def test_a_device_without_float64(Head, monkeypatch):
-    monkeypatch.setattr(procrustes, "_wide", lambda X: X)  # there: the CPU's float64
+    monkeypatch.setattr(solvers, "_wide", lambda X: X)  # there: the CPU's float64
     with NoFloat64():
         head, y = Head(D, C), torch.arange(N) % C
         for _ in range(3):
