@@ -13,7 +13,7 @@ import pandas as pd
 
 from .catalogue import UFM
 from .experiment import EXPERIMENTS
-from .figures import floor_of
+from .outcomes import floor_of
 from .outcomes import _runs, _sweeps, _together
 from .rows import load_rows
 from .tables import _of_paper, _read_cost, _stems

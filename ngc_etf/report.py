@@ -19,9 +19,9 @@ import pandas as pd
 from .catalogue import UFM
 from .claims import Evidence, judge, read_evidence, sentences
 from .experiment import SUITES
-from .figures import _png, classes_grow, floor_of, has_curves, panels, save_figure, step_times
+from .figures import _png, classes_grow, has_curves, panels, save_figure, step_times
 from .machine import _say, _speaking_as
-from .outcomes import _epochs_to, _runs, coverage, summary, sweep_table
+from .outcomes import _epochs_to, _runs, coverage, floor_of, summary, sweep_table
 from .rows import by_experiment, check_rows
 from .tables import _TITLES, Cell, _verdict, accuracy_table, memory_table, verdict_table
 
