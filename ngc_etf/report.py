@@ -17,12 +17,13 @@ import numpy as np
 import pandas as pd
 
 from .catalogue import UFM
-from .claims import Evidence, judge, read_evidence, sentences
+from .claims import judge, sentences
 from .experiment import SUITES
 from .figures import _png, classes_grow, has_curves, panels, save_figure, step_times
 from .machine import _say, _speaking_as
 from .outcomes import _epochs_to, _runs, coverage, floor_of, summary, sweep_table
 from .rows import by_experiment, check_rows
+from .rules import Evidence, read_evidence
 from .tables import _TITLES, Cell, _verdict, accuracy_table, memory_table, verdict_table
 
 # %% ../nbs/12f_report.ipynb #c007
