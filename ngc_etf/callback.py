@@ -183,6 +183,12 @@ class CollapseRecorder(Callback):
             row |= {k if plain and k not in ("loss", "top1") else f"{part}_{k}": v for k, v in values.items()}
         return row
 
+    def plot(self, ax=None, names=None):
+        "`plot_collapse` of the rows so far: a panel for each metric, a line for each part of the data."
+        from ngc_etf.plots import plot_collapse
+        C = next((m.C for m in self.learn.model.modules() if isinstance(m, Head)), None)
+        return plot_collapse(self.rows, ax, names, C)
+
     def _loader(self, part):
         "The loader of a part of the data; None where there is none, or nothing in it."
         loaders = self.learn.dls.loaders
