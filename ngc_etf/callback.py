@@ -163,7 +163,14 @@ class CollapseRecorder(Callback):
         self.every, self.at, self.clean, self.add, self.store = every, set(at), clean, add, store
         self.begun, self.classifier, self.rows = begun, classifier, []
 
+    def before_epoch(self):
+        self.trained = False
+
+    def after_train(self):
+        self.trained = True
+
     def after_epoch(self):
+        if not self.trained: return  # validate and get_preds end an epoch as well
         epoch = self.begun + self.epoch + 1
         if epoch not in self.at and not (self.every and epoch % self.every == 0): return
         row = self.measure()
