@@ -170,7 +170,7 @@ class CollapseRecorder(Callback):
         self.trained = True
 
     def after_epoch(self):
-        if not self.trained: return  # validate and get_preds end an epoch as well
+        if not self.trained or hasattr(self.learn, "lr_finder"): return  # nobody's epoch: validate, lr_find
         epoch = self.begun + self.epoch + 1
         if epoch not in self.at and not (self.every and epoch % self.every == 0): return
         row = self.measure()
