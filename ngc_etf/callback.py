@@ -163,7 +163,14 @@ class CollapseRecorder(Callback):
         self.every, self.at, self.clean, self.add, self.store = every, set(at), clean, add, store
         self.begun, self.classifier, self.rows = begun, classifier, []
 
+    def before_epoch(self):
+        self.trained = False
+
+    def after_train(self):
+        self.trained = True
+
     def after_epoch(self):
+        if not self.trained or hasattr(self.learn, "lr_finder"): return  # nobody's epoch: validate, lr_find
         epoch = self.begun + self.epoch + 1
         if epoch not in self.at and not (self.every and epoch % self.every == 0): return
         row = self.measure()
@@ -182,6 +189,12 @@ class CollapseRecorder(Callback):
             plain = part == "train"
             row |= {k if plain and k not in ("loss", "top1") else f"{part}_{k}": v for k, v in values.items()}
         return row
+
+    def plot(self, ax=None, names=None):
+        "`plot_collapse` of the rows so far: a panel for each metric, a line for each part of the data."
+        from ngc_etf.plots import plot_collapse
+        C = next((m.C for m in self.learn.model.modules() if isinstance(m, Head)), None)
+        return plot_collapse(self.rows, ax, names, C)
 
     def _loader(self, part):
         "The loader of a part of the data; None where there is none, or nothing in it."
