@@ -40,6 +40,7 @@ def _batches(loader):
         *x, y = batch
         yield x, y
 
+# %% ../nbs/06c_evaluation.ipynb #c008
 @contextmanager
 def _evaluation(model):
     "Evaluation mode; afterwards each module has its own mode again."
@@ -68,7 +69,7 @@ def _around(model, name):
     parts = name.split(".")
     return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
 
-# %% ../nbs/06c_evaluation.ipynb #c008
+# %% ../nbs/06c_evaluation.ipynb #c010
 def _classifier(model, at, batch)->str:
     "The name of the layer that makes the logits, by a trace on a batch's inputs where there is one."
     if batch is not None:
@@ -79,6 +80,7 @@ def _classifier(model, at, batch)->str:
             pass  # two samples may be too few; any other reason shows in the whole pass
     return last_linear(model, at)
 
+# %% ../nbs/06c_evaluation.ipynb #c012
 class _Probe:
     "What goes into a classifier and comes out of it, batch by batch."
     def __init__(self, model, name):
@@ -110,7 +112,7 @@ class _Probe:
                              f"rows, got {tuple(z.shape)}")
         return h.as_subclass(Tensor), z.as_subclass(Tensor)
 
-# %% ../nbs/06c_evaluation.ipynb #c010
+# %% ../nbs/06c_evaluation.ipynb #c014
 class _Samples:
     "Features and labels while they take at most `store` bytes; beyond that, what a metric remembers of them."
     def __init__(self, C, d, device, store, joined):
@@ -153,7 +155,7 @@ class _Samples:
         self._feed(self.metric.update)
         return torch.cat([torch.zeros(0), *(m.cpu() for m in self._feed(self.metric.margins))])
 
-# %% ../nbs/06c_evaluation.ipynb #c012
+# %% ../nbs/06c_evaluation.ipynb #c016
 def _score(h, z, y):
     "The labels as classes, and (samples, summed cross-entropy, hits) of one batch."
     C = z.shape[1]
@@ -173,6 +175,7 @@ def _joint(total, margins, device):
         margins = torch.cat(parts)
     return total.cpu(), margins
 
+# %% ../nbs/06c_evaluation.ipynb #c018
 @torch.no_grad()
 def measure_collapse(
     model:nn.Module,    # ends in one of our heads, or in an nn.Linear
