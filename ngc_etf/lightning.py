@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from .elsewhere import _need
 from .heads import Head, NearestETFHead
-from .swap import _layers, _swap_for_data, swap_head
+from .classifier import _layers
+from .swap import _swap_for_data, swap_head
 
 # %% ../nbs/10b_lightning.ipynb #c009
 class _Module:
