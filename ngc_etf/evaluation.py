@@ -156,14 +156,23 @@ class _Samples:
         return torch.cat([torch.zeros(0), *(m.cpu() for m in self._feed(self.metric.margins))])
 
 # %% ../nbs/06c_evaluation.ipynb #c016
+_BINS = 15  # of equal width, as in most papers
+
+def _tally(z, y, hits):
+    "Samples, summed cross-entropy, hits; then confidence minus hits in each bin: (3 + 15,) of one batch."
+    loss = F.cross_entropy(z, y, reduction="sum")
+    sure = z.softmax(1).amax(1)
+    where = (sure * _BINS).long().clamp(max=_BINS-1)
+    gaps = z.new_zeros(_BINS).index_add_(0, where, sure - hits)
+    return torch.cat([torch.stack([loss.new_tensor(len(z)), loss, hits.sum()]), gaps])
+
 def _score(h, z, y):
-    "The labels as classes, and (samples, summed cross-entropy, hits) of one batch."
+    "The labels as classes, and the tally of one batch."
     C = z.shape[1]
     y = as_labels(y, len(z), C)
     classes = y if y.ndim == 1 else y.argmax(1)
     _batch(h, classes, C)
-    loss = F.cross_entropy(z, y if y.ndim == 1 else y.to(z), reduction="sum")
-    return classes, torch.stack([loss.new_tensor(len(z)), loss, (z.argmax(1) == classes).sum().to(loss)])
+    return classes, _tally(z, y if y.ndim == 1 else y.to(z), (z.argmax(1) == classes).to(z))
 
 def _joint(total, margins, device):
     "Sums and margins (or None) of all processes."
@@ -183,14 +192,14 @@ def measure_collapse(
     at:str="",          # name of the classifier; the model's head when "", else its last linear layer
     store:int=2**30,    # bytes of features to keep for nc4 and the mean margin, left out beyond that
     margins:bool=False, # the margin of every sample too, whatever memory that takes
-)->dict:                # loss, top1 and the metrics as floats; "margins" (N,), sorted
+)->dict:                # loss, top1, the metrics and ece as floats; "margins" (N,), sorted
     "One pass over `loader` in evaluation mode, by which the model is left as it was."
     model, at = _bare(model, at)
     batches, joined = _batches(loader), getattr(loader, "world_size", 1) > 1
     first = next(batches, None)
     if first is None and not joined: raise ValueError("loader must hold at least one batch, got none")
     name = _classifier(model, at, first)
-    layer, tallies = model.get_submodule(name), [torch.zeros(3)]
+    layer, tallies = model.get_submodule(name), [torch.zeros(3 + _BINS)]
     (C, d), device = layer.weight.shape, layer.weight.device
     samples = _Samples(C, d, device, math.inf if margins else store, joined)
     with _evaluation(model), _eager(_around(model, name)), _Probe(model, name) as probe:
@@ -204,5 +213,6 @@ def measure_collapse(
     if joined:
         total, each = _joint(total, each if margins else None, device)
     out = {"loss": total[1] / total[0], "top1": total[2] / total[0]}
-    out = {k: float(v) for k, v in (out | samples.metric.compute(layer.weight, layer.bias)).items()}
+    out |= samples.metric.compute(layer.weight, layer.bias) | {"ece": total[3:].abs().sum() / total[0]}
+    out = {k: float(v) for k, v in out.items()}
     return out | {"margins": each.sort().values} if margins else out
