@@ -84,17 +84,22 @@ def curve(
     _letters(ax, xlabel=_WORDS.get(x, x), ylabel=_WORDS.get(y, y))
     return ax
 
+def _log_scale(ax):
+    "A logarithmic axis, with plain numbers where it spans less than two decades."
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    if high < 100*low:
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 4*low else MaxNLocator(4))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter("{x:g}")
+
 def _scales(ax, shown, x, y):
     "Logarithms where a column goes over orders of magnitude; whole numbers along."
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+    from matplotlib.ticker import MaxNLocator
     ax.xaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
     if y in _LOG and not shown.empty:
-        ax.set_yscale("log")
-        low, high = ax.get_ylim()
-        if high < 100*low:  # less than two decades: plain numbers
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 4*low else MaxNLocator(4))
-            ax.yaxis.set_minor_locator(NullLocator())
-            ax.yaxis.set_major_formatter("{x:g}")
+        _log_scale(ax)
     if x == "epoch" and not shown.empty and shown.epoch.max() > 500:
         ax.set_xscale("log")
 
@@ -223,8 +228,9 @@ def _bars(cost, ax):
                 look = {"color": line_style(method)["color"], "alpha": 1 if what == "F" else .55}
                 bar = ax.bar(f"{initial}/{what}", here[column].median(), **look)
                 ax.bar_label(bar, fmt=_milliseconds, fontsize=_POINTS)
-    ax.set_yscale("log")
-    if not ax.patches:
+    if ax.patches:
+        _log_scale(ax)
+    else:
         _not_run(ax)
 
 # %% ../nbs/12_figures.ipynb #c037
