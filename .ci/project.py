@@ -9,6 +9,7 @@ project.py readme --check   only says whether README.md is in step; likewise nam
 import argparse
 import ast
 import html
+import inspect
 import json
 import os
 import re
@@ -28,7 +29,12 @@ math {{ font-family: "STIX Two Math", math; font-size: 1.05em; }}
 math[display="block"] {{ margin: 1em 0; overflow-x: auto; overflow-y: hidden; }}
 html body #quarto-content.quarto-container {{ --sd-body-width: min(62rem, 70vw); }}
 pre, pre code {{ font-size: .82rem; }}
+.sidebar-menu-container {{ font-variant-numeric: tabular-nums; }}
 """
+API = "api.md"  # the page of public names, written here
+
+
+WIDE = {"bar": "overline", "tilde": "widetilde", "hat": "widehat"}  # at text size the narrow ones look alike
 
 
 class Problem(Exception):
@@ -36,7 +42,7 @@ class Problem(Exception):
 
 
 def listed(config):
-    "Every page named anywhere in the sidebar of `_quarto.yml`."
+    "Every notebook named anywhere in the sidebar of `_quarto.yml`."
 
     def walk(x):
         if isinstance(x, str):
@@ -46,15 +52,28 @@ def listed(config):
     return walk(config["website"]["sidebar"]["contents"])
 
 
+def notebooks(root=ROOT):
+    "Every notebook of the book, its path relative to `nbs/`, in the order of file names."
+    found = (p.relative_to(root / "nbs") for p in (root / "nbs").rglob("*.ipynb"))
+    return sorted(p.as_posix() for p in found if ".ipynb_checkpoints" not in p.parts)
+
+
 def out_name(notebook):
-    "nbdev's name for a page: without the chapter number."
-    return re.sub(r"^\d+[a-z]?_", "", Path(notebook).stem) + ".html"
+    "nbdev's name for a page: in the notebook's folder, without the chapter number."
+    path = Path(notebook)
+    return path.with_name(re.sub(r"^\d+[a-z]?_", "", path.stem) + ".html").as_posix()
+
+
+def numbered(notebook, title):
+    "A page's line in the sidebar: the chapter's number before its title."
+    number = re.match(r"\d+[a-z]?(?=_)", Path(notebook).name)
+    return f"{number[0]}\u2002{title}" if number else title
 
 
 def check_listed(root):
     "The pages of the sidebar, which must be exactly the notebooks."
     pages = listed(yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8")))
-    there = {p.name for p in (root / "nbs").glob("*.ipynb")}
+    there = set(notebooks(root))
     if missing := [p for p in pages if p not in there]:
         raise Problem(f"_quarto.yml lists pages that do not exist: {', '.join(missing)}")
     names = [out_name(p) for p in pages]
@@ -73,12 +92,37 @@ def rename_pages(proc, pages):
     names = {p: out_name(p).replace(".html", ".ipynb") for p in pages}
     for old, new in names.items():
         (proc / old).rename(proc / new)
-    for f in [proc / "_quarto.yml", *(proc / n for n in names.values())]:
-        s = f.read_text(encoding="utf-8")
+    for page in names.values():
+        s = (proc / page).read_text(encoding="utf-8")
         for old, new in names.items():
-            s = re.sub(rf"(?<![\w/]){re.escape(old)}", new, s)
+            s = re.sub(rf"(?<![\w-]){re.escape(Path(old).name)}", Path(new).name, s)
         s = re.sub(r'^\s*"output-file: [^\n]*\n|^\s*html-math-method:[^\n]*\n', "", s, flags=re.M)
-        f.write_text(s, encoding="utf-8")
+        (proc / page).write_text(s, encoding="utf-8")
+
+
+def title_of(notebook):
+    "The title in a notebook's front matter."
+    first = json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"]
+    return yaml.safe_load("".join(first).strip().strip("-"))["title"]
+
+
+def write_sidebar(proc):
+    "The site's configuration, with pages under their new names and the chapters' numbers in the sidebar."
+    f = proc / "_quarto.yml"
+    config = yaml.safe_load(f.read_text(encoding="utf-8"))
+    config["format"]["html"].pop("html-math-method", None)  # the equations are set here
+
+    def line(x):
+        if isinstance(x, dict):
+            return x | {"contents": [line(v) for v in x["contents"]]} if "contents" in x else x
+        if not x.endswith(".ipynb"):
+            return x
+        page = out_name(x).replace(".html", ".ipynb")
+        return {"text": numbered(x, title_of(proc / page)), "href": page}
+
+    sidebar = config["website"]["sidebar"]
+    sidebar["contents"] = [line(x) for x in sidebar["contents"]]
+    f.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def mathml(page, s):
@@ -90,6 +134,8 @@ def mathml(page, s):
     def one(m):
         kind, tex = m[1], html.unescape(m[2])
         tex = re.sub(r"^\\[(\[]|\\[)\]]$", "", tex).strip()
+        for short, wide in WIDE.items():
+            tex = re.sub(rf"\\{short}(?![a-zA-Z])", rf"\\{wide}", tex)
         if r"\tag" in tex:
             tex = rf"\begin{{equation}}{tex}\end{{equation}}"
         try:
@@ -113,7 +159,7 @@ def check_page(out, s, name):
     if m := re.search(r"\$[^$<>\n]{0,80}\\[a-zA-Z]+|\\(?:frac|mathbf|lVert|tilde|bar|top)\b", text):
         raise Problem(f"{name}: TeX outside an equation (in a heading write Unicode): {m[0]!r}")
     for link, anchor in set(re.findall(r'\b(?:href|src)="([^"#?:]*)(?:#([^"?]*))?"', s)):
-        f = out / (link or name)
+        f = (out / name).parent / link if link else out / name
         if not f.exists():
             raise Problem(f"{name}: broken link {link}")
         if (
@@ -136,8 +182,103 @@ def check_code(notebook, s, name):
                 raise Problem(f"{name}: exported code that a reader does not see: {line.strip()!r}")
 
 
+# ---- the page of public names
+
+API_HEAD = """---
+title: Public names
+description: Every name of the package, and the page that says what it takes, gives and refuses.
+---
+
+Each name is imported from the package itself, `from ngc_etf import nearest_etf`, and loads only what it needs.
+A name's link leads to its entry: shapes, units, errors and the equation are there, and around it the lessons that
+use it. After the name come its parameters, those with a default in brackets.
+"""
+
+
+def parameters(obj):
+    "A callable's parameters in short: those that must be given, then in brackets those that may."
+    try:
+        found = inspect.signature(obj).parameters.values()
+    except (TypeError, ValueError):
+        return ""
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    names = [(stars.get(p.kind, "") + p.name, p.kind in stars or p.default is not p.empty) for p in found]
+    must = ", ".join(n for n, free in names if not free)
+    may = ", ".join(n for n, free in names if free)
+    return f"({must}{', ' if must and may else ''}{f'[{may}]' if may else ''})"
+
+
+def one_line(obj, name, source):
+    "What a public name is, in one line: its docstring's first, or a constant's comment or content."
+    if callable(obj):
+        doc = (inspect.getdoc(obj) or "").split("\n")[0]
+        if not doc:
+            raise Problem(f"{name} has no docstring")
+        return doc
+    comment = re.search(rf"^{name}\s*=.*?#\s*(.+)$", source, flags=re.M)
+    if comment:
+        return comment[1]
+    if isinstance(obj, (dict, tuple)) and all(isinstance(k, str) for k in obj):
+        more = "" if len(obj) <= 12 else f", ... ({len(obj)} in all)"
+        return ", ".join([*obj][:12]) + more
+    return f"{type(obj).__name__} of {len(obj)}"
+
+
+def entries(notebook):
+    "The names that have an entry on a page: what nbdev's show_doc made a heading of."
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    shown = ["".join(o.get("data", {}).get("text/markdown", "")) for c in cells for o in c.get("outputs", [])]
+    return re.findall(r"^### (\w+)$", "\n".join(shown), flags=re.M)
+
+
+def api_text(root, proc, pages):
+    "The page of public names as Markdown, from the package and the processed notebooks."
+    import ngc_etf
+
+    home = {}
+    for p in pages:
+        first = "".join(json.loads((root / "nbs" / p).read_text(encoding="utf-8"))["cells"][0]["source"])
+        if module := re.search(r"^#\|\s*default_exp\s+(\w+)", first, flags=re.M):
+            home[module[1]] = p
+    parts = [API_HEAD]
+    for module, names in public_names(root).items():
+        if not names:
+            continue
+        page = out_name(home[module])
+        notebook = proc / page.replace(".html", ".ipynb")
+        source = (root / "ngc_etf" / f"{module}.py").read_text(encoding="utf-8")
+        parts.append(f"\n## {title_of(notebook)}\n\n[`ngc_etf.{module}`]({page})\n")
+        for name in names:
+            obj = getattr(ngc_etf, name)
+            anchor = f"#{name.lower()}" if name in entries(notebook) else ""
+            takes = f" `{parameters(obj)}`" if callable(obj) and parameters(obj) else ""
+            says = html.escape(one_line(obj, name, source))
+            parts.append(f"- [**{name}**]({page}{anchor}){takes}<br>{says}")
+    return "\n".join(parts) + "\n"
+
+
+# ---- the whole site
+
+
+def stand_alone(out, online):
+    "Pages that need neither network nor script for their equations, and link to each other, not to a host."
+    # where nbdev links a symbol to; a site that is read offline links to itself
+    link = rf"\[`([^`\]]+)`\]\({re.escape(online)}[^)]*\)"  # in a signature's comments links stay text
+    private = r'<a href="[^"#]*#_\w+">(<code>.*?</code>)</a>'  # a helper has no entry to lead to
+    done = {}
+    for f in sorted(out.rglob("*.html")):
+        name = f.relative_to(out).as_posix()
+        up = "../" * name.count("/")
+        page = re.sub(link, r"`\1`", mathml(name, f.read_text(encoding="utf-8")))
+        page = re.sub(private, r"\1", page.replace(f'href="{online}', f'href="{up}'))
+        head = f'<link rel="icon" href="data:,"><link rel="stylesheet" href="{up}site.css"></head>'
+        done[name] = page.replace("</head>", head, 1)
+        f.write_text(done[name], encoding="utf-8")
+    return done
+
+
 def docs(root=ROOT):
-    "Build the site into `_docs`: with Quarto where it is installed, else with smalldocs."
+    "Build the site into `_docs`."
     import ziamath  # for its font alone, so that equations look the same on every system
     from nbdev.config import get_config
     from nbdev.serve import proc_nbs
@@ -147,13 +288,11 @@ def docs(root=ROOT):
         "ignore:Found cells containing imports"  # a seed beside the imports is welcome
     )
     proc_nbs(str(root / "nbs"), force=True, n_workers=2)
-    if shutil.which("quarto"):
-        subprocess.run(["quarto", "render", str(proc), "--no-cache"], check=True)
-    else:
-        rename_pages(proc, pages)
-        subprocess.run(
-            [sys.executable, "-m", "smalldocs.cli", "render", "--strict", "--quiet", str(proc)], check=True
-        )
+    rename_pages(proc, pages)
+    write_sidebar(proc)
+    (proc / API).write_text(api_text(root, proc, pages), encoding="utf-8")
+    command = [sys.executable, "-m", "smalldocs.cli", "render", "--strict", "--quiet", str(proc)]
+    subprocess.run(command, check=True)
     shutil.rmtree(out, ignore_errors=True)
     shutil.move(proc / "_docs", out)
     for f in out.rglob("*.css"):
@@ -164,21 +303,11 @@ def docs(root=ROOT):
     if missing := [p for p in pages if not (out / out_name(p)).exists()]:
         raise Problem(f"no page was made of {', '.join(missing)}")
     online = get_config(cfg_name="settings.ini", path=root)
-    # where nbdev links a symbol to; a site that is read offline links to itself
-    online = f'href="{online.doc_host}{online.doc_baseurl}/'
-    link = rf"\[`([^`\]]+)`\]\({re.escape(online[6:])}[^)]*\)"  # in a signature's comments links stay text
-    private = r'<a href="[^"#]*#_\w+">(<code>.*?</code>)</a>'  # a helper has no entry to lead to
-    done = {}
-    for f in sorted(out.glob("*.html")):
-        page = re.sub(link, r"`\1`", mathml(f.name, f.read_text(encoding="utf-8")))
-        done[f] = re.sub(private, r"\1", page.replace(online, 'href="'))
-    head = '<link rel="icon" href="data:,"><link rel="stylesheet" href="site.css"></head>'
-    for f, s in done.items():
-        f.write_text(s.replace("</head>", head, 1), encoding="utf-8")
-    for f, s in done.items():
-        check_page(out, s, f.name)
+    done = stand_alone(out, f"{online.doc_host}{online.doc_baseurl}/")
+    for name, s in done.items():
+        check_page(out, s, name)
     for p in pages:
-        check_code(root / "nbs" / p, done[out / out_name(p)], out_name(p))
+        check_code(root / "nbs" / p, done[out_name(p)], out_name(p))
     print(f"{len(done)} pages: {out / 'index.html'}")
 
 
@@ -212,7 +341,7 @@ def readme_text(root=ROOT):
         where = "save it under nbs/images and link it"
         raise Problem(f"nbs/index.ipynb stores a picture in an output; GitHub shows only files: {where}")
     s = f"# {front['title']}\n\n> {front['description']}\n\n{body}"
-    s = re.sub(r"(\]\(|src=\")(?=(?:images/|[\w.-]+\.ipynb))", r"\1nbs/", s)
+    s = re.sub(r"(\]\(|src=\")(?=(?:images/|[\w./-]+\.ipynb))", r"\1nbs/", s)
     for link in re.findall(r"(?:\]\(|src=\")(nbs/[^)\"#]+)", s):
         if not (root / link).exists():
             raise Problem(f"README.md would link to {link}, which does not exist")
@@ -304,6 +433,7 @@ if __name__ == "__main__":
     p.add_argument("--check", action="store_true", help="with readme: compare, write nothing")
     a = p.parse_args()
     os.chdir(ROOT)  # nbdev finds settings.ini from here
+    sys.path.insert(0, str(ROOT))
     try:
         if a.what == "docs":
             docs()

@@ -13,7 +13,7 @@ import pandas as pd
 
 from .catalogue import DATASETS, UFM
 from .experiment import EXPERIMENTS
-from .rows import _KEY
+from .reading import _KEY
 from .tables import _FREE, Cell, _base, _deviations, _stems
 
 # %% ../nbs/12b_outcomes.ipynb #c007

@@ -21,7 +21,7 @@ from .figures import classes_grow, has_curves, panels, step_times
 from .machine import _say, _speaking_as
 from .outcomes import _epochs_to, _runs, coverage, floor_of, summary, sweep_table
 from .render import _collapse, _ours, _page, _picture, _wide, as_latex, as_markdown
-from .rows import by_experiment, check_rows
+from .reading import by_experiment, check_rows
 from .rules import Evidence, _by_machine, read_evidence
 from .tables import _TITLES, Cell, _base, _verdict, accuracy_table, memory_table, verdict_table
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from .experiment import EXPERIMENTS
 from .outcomes import _LENGTH, _runs, _sweeps, _together
-from .rows import load_rows
+from .reading import load_rows
 from .tables import _of_paper, _read_cost, _stems
 
 # %% ../nbs/12c_rules.ipynb #c006

@@ -17,10 +17,10 @@ import pytest
 import ngc_etf
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 spec = importlib.util.spec_from_file_location("project", ROOT / ".ci" / "project.py")
 project = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(project)
+NOTEBOOKS = [ROOT / "nbs" / name for name in project.notebooks()]
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
@@ -83,9 +83,8 @@ def test_package_is_what_the_notebooks_export(fresh):
 
 
 def test_notebooks_are_clean(fresh):
-    assert [p.name for p in NOTEBOOKS if p.read_bytes() != (fresh / "nbs" / p.name).read_bytes()] == [], (
-        "run nbdev_clean"
-    )
+    dirty = [p for p in NOTEBOOKS if p.read_bytes() != (fresh / p.relative_to(ROOT)).read_bytes()]
+    assert dirty == [], "run nbdev_clean"
 
 
 def test_public_names_are_listed():
@@ -155,7 +154,9 @@ def test_the_site_builds():
         [sys.executable, ROOT / ".ci" / "project.py", "docs"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert all((ROOT / "_docs" / project.out_name(p)).exists() for p in NOTEBOOKS)
+    assert all((ROOT / "_docs" / project.out_name(p)).exists() for p in project.notebooks())
+    api = (ROOT / "_docs" / "api.html").read_text(encoding="utf-8")
+    assert [name for name in ngc_etf.__all__ if f"<strong>{name}</strong>" not in api] == []
 
 
 # ---- notebooks

@@ -16,7 +16,7 @@ from ngc_etf.figures import curve, panels, save_figure
 from ngc_etf.floor import cross_entropy_floor
 from ngc_etf.outcomes import coverage, floor_of, summary, sweep_table
 from ngc_etf.report import report_main, write_tables
-from ngc_etf.rows import check_rows, load_rows
+from ngc_etf.reading import check_rows, load_rows
 from ngc_etf.rules import read_evidence
 from ngc_etf.tables import _TITLES, PAPER, _compared, _verdict, accuracy_table, verdict_table
 

@@ -19,12 +19,12 @@ def imported(code):
     return done.stdout.splitlines()[-1].split(), done.stderr
 
 
-@pytest.mark.parametrize("module", ["catalogue", "experiment", "machine", "command", "cost"])
+@pytest.mark.parametrize("module", ["catalogue", "experiment", "machine", "files", "command", "cost"])
 def test_names_and_numbers_need_python_alone(module):
     assert imported(f"import ngc_etf.{module}") == ([], "")
 
 
-@pytest.mark.parametrize("module", ["rows", "suite"])
+@pytest.mark.parametrize("module", ["rows", "suite", "jobs", "reading"])
 def test_rows_are_read_without_torch(module):
     assert imported(f"import ngc_etf.{module}") == (["pandas"], "")
 
