@@ -34,7 +34,11 @@ pre, pre code {{ font-size: .82rem; }}
 API = "api.md"  # the page of public names, written here
 
 
-WIDE = {"bar": "overline", "tilde": "widetilde", "hat": "widehat"}  # at text size the narrow ones look alike
+ACCENTS = {  # as they come, and as wide as their letter: short bars and short tildes look alike
+    '<mo stretchy="false">\u00af</mo>': '<mo stretchy="true">\u203e</mo>',  # bar
+    '<mo stretchy="true">\u0332</mo>': '<mo stretchy="true">\u203e</mo>',  # overline
+    '<mo stretchy="false">\u02dc</mo>': '<mo stretchy="true">~</mo>',  # tilde
+}
 
 
 class Problem(Exception):
@@ -134,14 +138,15 @@ def mathml(page, s):
     def one(m):
         kind, tex = m[1], html.unescape(m[2])
         tex = re.sub(r"^\\[(\[]|\\[)\]]$", "", tex).strip()
-        for short, wide in WIDE.items():
-            tex = re.sub(rf"\\{short}(?![a-zA-Z])", rf"\\{wide}", tex)
         if r"\tag" in tex:
             tex = rf"\begin{{equation}}{tex}\end{{equation}}"
         try:
-            return f'<span class="math {kind}">{convert(tex, displaystyle=kind == "display")}</span>'
+            math = convert(tex, displaystyle=kind == "display")
         except LatexError as e:
             raise Problem(f"{page}: cannot set the equation {tex!r}: {e}") from None
+        for narrow, wide in ACCENTS.items():
+            math = math.replace(narrow, wide)
+        return f'<span class="math {kind}">{math}</span>'
 
     s = re.sub(r'<span class="math (inline|display)">(.*?)</span>', one, s, flags=re.S)
     return re.sub(r'<(link|script)[^>]*\bkatex@[^>]*>(</script>)?\s*', "", s)
@@ -190,8 +195,8 @@ description: Every name of the package, and the page that says what it takes, gi
 ---
 
 Each name is imported from the package itself, `from ngc_etf import nearest_etf`, and loads only what it needs.
-A name's link leads to its entry: shapes, units, errors and the equation are there, and around it the lessons that
-use it. After the name come its parameters, those with a default in brackets.
+A name's link leads to its entry: shapes, units, errors and the equation are there, and around it the lessons
+that use it. After the name come its parameters, those with a default in brackets.
 """
 
 

@@ -123,11 +123,12 @@ def test_a_missing_page_and_a_forgotten_one_are_named(tmp_path):
 
 
 def test_equations_become_mathml_or_an_error():
-    inline, display = r"\(a &lt; \tilde H\)", r"\[x \tag{6}\]"
+    inline, display = r"\(a &lt; \tilde H, \bar H\)", r"\[x \tag{6}\]"
     page = '<link href="https://cdn/katex@1/katex.css">'
     page += f'<span class="math inline">{inline}</span> <span class="math display">{display}</span>'
     out = project.mathml("p.html", page)
     assert out.count("<math") == 2 and "&lt;" in out and "(6)" in out and "katex" not in out
+    assert '<mo stretchy="true">~</mo>' in out and '<mo stretchy="true">\u203e</mo>' in out
     with pytest.raises(project.Problem, match=r"p.html.*\\nonsense"):
         project.mathml("p.html", r'<span class="math inline">\(\nonsense\)</span>')
 
