@@ -52,6 +52,11 @@ def _checked_labels(
     return y
 
 # %% ../nbs/08b_batches.ipynb #c012
+def _kept(N:int, keep:int, rng)->np.ndarray: # (keep,)
+    "Which of N samples an epoch deals, in order; the others are left out at random."
+    return np.arange(N) if keep == N else np.sort(rng.permutation(np.arange(N))[:keep])
+
+# %% ../nbs/08b_batches.ipynb #c013
 class StratifiedBatchSampler(Sampler):
     "Batches of indices, each with every class whose count permits; a new deal each epoch, resumable."
     def __init__(self,
@@ -83,10 +88,7 @@ class StratifiedBatchSampler(Sampler):
     def _batches(self):
         "This epoch's deal: the batches in random order, as a list of arrays, all ranks together."
         rng = np.random.default_rng([self.seed, self.epoch]) if self.shuffle else None
-        kept = np.arange(len(self.y))
-        if self.keep < len(self.y):
-            chosen = (rng or np.random.default_rng(self.seed)).permutation(kept)
-            kept = np.sort(chosen[:self.keep])
+        kept = _kept(len(self.y), self.keep, rng or np.random.default_rng(self.seed))
         order = kept[_deal(self.y[kept], self.n, rng)]
         return [order[b::self.n] for b in (rng.permutation(self.n) if self.shuffle else range(self.n))]
 
@@ -107,35 +109,23 @@ class StratifiedBatchSampler(Sampler):
         "Continue after the batches that were already given out."
         self.epoch, self.batch, self._start = state["epoch"], state["batch"], state["batch"]
 
-# %% ../nbs/08b_batches.ipynb #c021
-class BatchLoader(DataLoader):
-    "A fastai DataLoader of whole batches (x, y) from tensors on the device; in order, or as a sampler deals."
-    def __init__(self,
-        x:Tensor,          # (N, ch, H, W) uint8, or (N, k) float32
-        y:Tensor,          # (N,) int64
-        batch_size:int=256,  # of the walk in order, all ranks together
-        sampler=None,      # yields lists of this rank's indices: `StratifiedBatchSampler`; in order when None
-        augment=None,      # `Augment`, or any (x, generator) -> x; samples as they are when None
-        seed:int=0,        # of the augmentation
-        device="cpu",      # where the data lives
-        rank:int=0,        # this process, which gets every world_size-th sample of a batch
-        world_size:int=1,  # number of processes
-        **kwargs,          # hooks of fastai's DataLoader
-    ):
-        super().__init__(dataset=range(len(y)), bs=batch_size, n=len(y), device=device, **kwargs)
-        self.x, self.y, self.sampler, self.augment = x.to(device), y.to(device), sampler, augment
+# %% ../nbs/08b_batches.ipynb #c022
+class _Shares(DataLoader):
+    "Who gets which indices: this rank's share of each batch; what is random is in `state_dict`."
+    def __init__(self, N, batch_size, sampler, augment, seed, device, rank, world_size, **kwargs):
+        super().__init__(dataset=range(N), bs=batch_size, n=N, device=device, **kwargs)
+        self.sampler, self.augment = sampler, augment
         self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
         self.rank, self.world_size = rank, world_size
         self.whole = 0  # samples in the batch at hand, all ranks together
 
     def __len__(self):
-        return len(self.sampler) if self.sampler is not None else -(-len(self.y) // self.bs)
+        return len(self.sampler) if self.sampler is not None else -(-self.n // self.bs)
 
     def sample(self):
         "Lists of this rank's indices from the sampler, or slices of everybody's."
         if self.sampler is not None: return iter(self.sampler)
-        N = len(self.y)
-        return (slice(i, min(i + self.bs, N)) for i in range(0, N, self.bs))
+        return (slice(i, min(i + self.bs, self.n)) for i in range(0, self.n, self.bs))
 
     def _shares(self, samples):
         "This rank's indices of each batch, and the size of the whole batch."
@@ -145,31 +135,11 @@ class BatchLoader(DataLoader):
             elif idx.start + self.rank < idx.stop:
                 yield slice(idx.start + self.rank, idx.stop, self.world_size), idx.stop - idx.start
 
-    def create_batches(self,
-        samples,  # of `sample`
-    ):
-        "One indexing and one augmentation a batch."
-        for idx, self.whole in self._shares(samples):
-            if not isinstance(idx, slice):
-                idx = torch.tensor(idx).to(self.x.device, non_blocking=True)
-            yield self._augment(self.x[idx]), self.y[idx]
-
     def _augment(self, x):
         "The batch at hand, augmented where there is an augmentation."
         if self.augment is None: return x
         share = ((self.rank, self.world_size, self.whole),) if self.world_size > 1 else ()
         return self.augment(x, self.generator, *share)
-
-    def to(self,
-        device,  # new home of the data
-    ):
-        "Move the data."
-        super().to(device)
-        self.x, self.y = self.x.to(device), self.y.to(device)
-
-    def new(self, dataset=None, cls=None, **kwargs):
-        "The same data in order, for `Learner.get_preds`."
-        return BatchLoader(self.x, self.y, self.bs, augment=self.augment, seed=self.seed, device=self.device)
 
     def state_dict(self)->dict:
         "What is random: the sampler's position and the augmentation's generator."
@@ -184,7 +154,45 @@ class BatchLoader(DataLoader):
             self.sampler.load_state_dict(state["sampler"])
         self.generator.set_state(state["generator"].cpu())
 
-# %% ../nbs/08b_batches.ipynb #c023
+# %% ../nbs/08b_batches.ipynb #c024
+class BatchLoader(_Shares):
+    "A fastai DataLoader of whole batches (x, y) from tensors on the device; in order, or as a sampler deals."
+    def __init__(self,
+        x:Tensor,          # (N, ch, H, W) uint8, or (N, k) float32
+        y:Tensor,          # (N,) int64
+        batch_size:int=256,  # of the walk in order, all ranks together
+        sampler=None,      # yields lists of this rank's indices: `StratifiedBatchSampler`; in order when None
+        augment=None,      # `Augment`, or any (x, generator) -> x; samples as they are when None
+        seed:int=0,        # of the augmentation
+        device="cpu",      # where the data lives
+        rank:int=0,        # this process, which gets every world_size-th sample of a batch
+        world_size:int=1,  # number of processes
+        **kwargs,          # hooks of fastai's DataLoader
+    ):
+        super().__init__(len(y), batch_size, sampler, augment, seed, device, rank, world_size, **kwargs)
+        self.x, self.y = x.to(device), y.to(device)
+
+    def create_batches(self,
+        samples,  # of `sample`
+    ):
+        "One indexing and one augmentation a batch."
+        for idx, self.whole in self._shares(samples):
+            if not isinstance(idx, slice):
+                idx = torch.tensor(idx).to(self.x.device, non_blocking=True)
+            yield self._augment(self.x[idx]), self.y[idx]
+
+    def to(self,
+        device,  # new home of the data
+    ):
+        "Move the data."
+        super().to(device)
+        self.x, self.y = self.x.to(device), self.y.to(device)
+
+    def new(self, dataset=None, cls=None, **kwargs):
+        "The same data in order, for `Learner.get_preds`."
+        return BatchLoader(self.x, self.y, self.bs, augment=self.augment, seed=self.seed, device=self.device)
+
+# %% ../nbs/08b_batches.ipynb #c026
 def loaders(
     data:TensorData,        # as `load_data` gives it
     batch_size:int=256,     # of one process

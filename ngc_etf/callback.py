@@ -25,6 +25,59 @@ from .evaluation import measure_collapse
 from .swap import _swap_for_data
 
 # %% ../nbs/10_callback.ipynb #c010
+def _look(dls)->tuple:
+    "A batch of inputs and the number of classes, None for what the data does not give; nothing is used up."
+    try:
+        classes = get_c(dls)
+    except Exception:  # loaders of one's own may lack all that is asked for
+        classes = 0
+    dl = dls.train
+    rng = getattr(dl, "rng", None)
+    try:
+        with no_random():
+            batch = dl.one_batch() if hasattr(dl, "one_batch") else next(iter(dl))
+        example = tuple(batch[:getattr(dls, "n_inp", 1)])
+    except Exception:  # the fit will tell what is wrong with the data
+        example = None
+    if rng is not None:
+        dl.rng = rng
+    return example, (classes if isinstance(classes, int) and classes > 1 else None)
+
+# %% ../nbs/10_callback.ipynb #c012
+def _batch_labels(learn, C:int)->Tensor:
+    "The batch's labels; as class probabilities (N, C) under MixUp or CutMix."
+    if len(learn.yb) != 1:
+        raise ValueError(f"NearestETF needs one target tensor a batch, got {len(learn.yb)}")
+    y = learn.yb[0].as_subclass(Tensor)
+    y = as_labels(y, len(y), C)
+    mix = next((cb for cb in learn.cbs if isinstance(cb, MixHandler)), None)
+    if mix is None or y.is_floating_point(): return y
+    other = as_labels(mix.yb1[0].as_subclass(Tensor), len(y), C)
+    lam = torch.as_tensor(mix.lam, device=y.device, dtype=torch.float32).reshape(-1, 1)
+    return torch.lerp(F.one_hot(other, C).float(), F.one_hot(y, C).float(), lam)
+
+# %% ../nbs/10_callback.ipynb #c014
+def _renew(learn):
+    "A new optimiser for the model as it is, where there was one, with its hyperparameters and frozen groups."
+    if learn.opt is None: return
+    hypers, frozen = list(learn.opt.hypers), learn.opt.frozen_idx
+    learn.create_opt()
+    learn.opt.set_hypers(**{k: [h[k] for h in hypers] for k in hypers[0]})
+    if frozen:
+        learn.opt.freeze_to(frozen)
+
+def _thaw(opt)->str:
+    "Unfreeze the last group that holds anything, where `freeze` has left only empty ones; what was done."
+    if opt is None: return ""  # a loaded learner predicts without one
+    groups, first = list(opt.param_lists), opt.frozen_idx
+    if first == 0 or first >= len(groups) or any(len(g) for g in groups[first:]): return ""
+    last = max((i for i, g in enumerate(groups) if len(g)), default=None)
+    if last is None: return ""
+    opt.freeze_to(last)
+    return ("the head has no parameters, so freezing left nothing to train; "
+            f"unfroze group {last} of {len(groups)} (counted from 0)")
+
+# %% ../nbs/10_callback.ipynb #c016
 class NearestETF(Callback):
     "Train with the nearest-ETF head (Eqs. 7-9): exchanges the classifier and hands the labels to the head."
     order, run_valid = MixedPrecision.order + .5, False
@@ -50,10 +103,11 @@ class NearestETF(Callback):
             raise ValueError("NearestETF cannot run under DataParallel, whose replicas lose the head's "
                              "state: use learn.distrib_ctx(), one process for each device")
         self.install()
-        self._thaw()
+        self._say(_thaw(self.learn.opt))
 
     def before_batch(self):
-        self.learn.etf.targets = self._labels()
+        head = self.learn.etf
+        head.targets = _batch_labels(self.learn, head.C)
 
     def _clear(self):
         self.learn.etf.targets = None
@@ -67,63 +121,13 @@ class NearestETF(Callback):
             learn.model, self.make, self.at, self.C, self.project, look=partial(_look, learn.dls))
         if not message: return
         self._say(message)
-        old = learn.opt
-        if old is None: return
-        hypers, frozen = list(old.hypers), old.frozen_idx
-        learn.create_opt()  # the old one holds the old layer's weights, and no new projection
-        learn.opt.set_hypers(**{k: [h[k] for h in hypers] for k in hypers[0]})
-        if frozen:
-            learn.opt.freeze_to(frozen)
-
-    def _labels(self)->Tensor:
-        "The batch's labels; as class probabilities (N, C) under MixUp or CutMix."
-        learn = self.learn
-        if len(learn.yb) != 1:
-            raise ValueError(f"NearestETF needs one target tensor a batch, got {len(learn.yb)}")
-        y, C = learn.yb[0].as_subclass(Tensor), learn.etf.C
-        y = as_labels(y, len(y), C)
-        mix = next((cb for cb in learn.cbs if isinstance(cb, MixHandler)), None)
-        if mix is None or y.is_floating_point(): return y
-        other = as_labels(mix.yb1[0].as_subclass(Tensor), len(y), C)
-        lam = torch.as_tensor(mix.lam, device=y.device, dtype=torch.float32).reshape(-1, 1)
-        return torch.lerp(F.one_hot(other, C).float(), F.one_hot(y, C).float(), lam)
-
-    def _thaw(self):
-        "Unfreeze the last parameter group that holds anything, where `freeze` has left only empty ones."
-        opt = self.learn.opt
-        if opt is None: return  # a loaded learner predicts without one
-        groups, first = list(opt.param_lists), opt.frozen_idx
-        if first == 0 or first >= len(groups) or any(len(g) for g in groups[first:]): return
-        last = max((i for i, g in enumerate(groups) if len(g)), default=None)
-        if last is None: return
-        opt.freeze_to(last)
-        self._say("the head has no parameters, so freezing left nothing to train; "
-                  f"unfroze group {last} of {len(groups)} (counted from 0)")
+        _renew(learn)
 
     def _say(self, message):
-        if self.verbose:
+        if message and self.verbose:
             print(f"NearestETF: {message}")
 
-# %% ../nbs/10_callback.ipynb #c012
-def _look(dls)->tuple:
-    "A batch of inputs and the number of classes, None for what the data does not give; nothing is used up."
-    try:
-        classes = get_c(dls)
-    except Exception:  # loaders of one's own may lack all that is asked for
-        classes = 0
-    dl = dls.train
-    rng = getattr(dl, "rng", None)
-    try:
-        with no_random():
-            batch = dl.one_batch() if hasattr(dl, "one_batch") else next(iter(dl))
-        example = tuple(batch[:getattr(dls, "n_inp", 1)])
-    except Exception:  # the fit will tell what is wrong with the data
-        example = None
-    if rng is not None:
-        dl.rng = rng
-    return example, (classes if isinstance(classes, int) and classes > 1 else None)
-
-# %% ../nbs/10_callback.ipynb #c014
+# %% ../nbs/10_callback.ipynb #c018
 @patch
 def to_etf(self:Learner, *args, **kwargs)->Learner:
     "Give the Learner a nearest-ETF head now; the arguments are those of `NearestETF`."
@@ -144,7 +148,14 @@ def etf(self:Learner)->Head:
                          "callbacks")
     return heads[0]
 
-# %% ../nbs/10_callback.ipynb #c040
+# %% ../nbs/10_callback.ipynb #c044
+def _part(dls, clean, part:str):
+    "The loader of a part of the data; None where there is none, or nothing in it."
+    dl = (dict(zip(("train", "test"), dls.loaders)) | {"clean": clean}).get(part)
+    if part == "train" and hasattr(dl, "new"):
+        dl = dl.new(shuffle=False, drop_last=False)  # every sample, augmented, once
+    return None if dl is None or (hasattr(dl, "__len__") and len(dl) == 0) else dl
+
 class CollapseRecorder(Callback):
     "Collapse metrics each `every` epochs and exactly at the epochs in `at`, as one row each in `rows`."
     order = Recorder.order + 1
@@ -183,7 +194,7 @@ class CollapseRecorder(Callback):
         row = {}
         for part in ("train", "test", "clean"):
             with no_random():
-                dl = self._loader(part)
+                dl = _part(self.learn.dls, self.clean, part)
                 if dl is None: continue
                 values = measure_collapse(self.learn.model, dl, at=self.classifier, store=self.store)
             plain = part == "train"
@@ -195,12 +206,3 @@ class CollapseRecorder(Callback):
         from ngc_etf.plots import plot_collapse
         C = next((m.C for m in self.learn.model.modules() if isinstance(m, Head)), None)
         return plot_collapse(self.rows, ax, names, C)
-
-    def _loader(self, part):
-        "The loader of a part of the data; None where there is none, or nothing in it."
-        loaders = self.learn.dls.loaders
-        held = dict(zip(("train", "test"), loaders)) | {"clean": self.clean}
-        dl = held.get(part)
-        if part == "train" and hasattr(dl, "new"):
-            dl = dl.new(shuffle=False, drop_last=False)  # every sample, augmented, once
-        return None if dl is None or (hasattr(dl, "__len__") and len(dl) == 0) else dl

@@ -9,6 +9,7 @@ __all__ = ['train_parser', 'named_cells', 'train_main']
 #| code-fold: true
 import argparse
 import ast
+import os
 import re
 import sys
 import time
@@ -16,7 +17,7 @@ from functools import partial
 
 from .catalogue import UFM
 from .experiment import EXPERIMENTS, METHODS, SUITES, TRACKERS, get_experiment, suite_cells
-from .machine import _say, _speaking_as, _wait_passively
+from .machine import _say, _speaking_as, _status, _terminable, _wait_passively
 
 # %% ../nbs/11g_command.ipynb #c006
 #| code-fold: true
@@ -43,6 +44,7 @@ _FIELDS = [  # name of the field, type, help
 _FLAGS = [
     ("lag", "W from the means of the earlier batches only"),
     ("scale_free", "delta scaled with the number of classes"),
+    ("solve_first", "the first U_prox solves problem (6), else it is the start itself (default: it solves)"),
 ]
 
 def _experiment_arguments(p):
@@ -55,7 +57,7 @@ def _experiment_arguments(p):
     for name, kind, text in _FIELDS:
         p.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     for name, text in _FLAGS:
-        p.add_argument(f"--{name.replace('_', '-')}", action="store_true", default=None, help=text)
+        p.add_argument(f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction, help=text)
 
 # %% ../nbs/11g_command.ipynb #c008
 #| code-fold: true
@@ -140,6 +142,8 @@ def named_cells(
     seeds = seeds if args.seed is None else [args.seed]
     return suite_cells(args.suite, seeds, [args.method] if args.method else None, **changes)
 
+# %% ../nbs/11g_command.ipynb #c016
+#| code-fold: true
 def _table(rows):
     "Rows of words in columns; the first row is the head."
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
@@ -164,7 +168,7 @@ def _listing(args)->str:
     methods = ", ".join(METHODS)
     return f"{_table(known)}\nfolder:PATH, any tree of images\n\n{_table(suites)}\n\nmethods: {methods}"
 
-# %% ../nbs/11g_command.ipynb #c016
+# %% ../nbs/11g_command.ipynb #c018
 #| code-fold: true
 def _dry_run(cells, args):
     "Print what each cell would cost."
@@ -178,6 +182,8 @@ def _dry_run(cells, args):
     if len(rows) > 1:
         _say(f"\n{len(rows)} cells, {hours:.2g} hours one after the other")
 
+# %% ../nbs/11g_command.ipynb #c020
+#| code-fold: true
 def _act(args, begun):
     "Do what the arguments say; the stems of the cells that failed."
     cells = named_cells(args)
@@ -187,7 +193,8 @@ def _act(args, begun):
     _wait_passively()
     if args.dry_run:
         return _dry_run(cells, args)
-    from ngc_etf.suite import run_cells, run_jobs, submit, to_do
+    from ngc_etf.jobs import run_jobs, submit
+    from ngc_etf.suite import forecast, run_cells, to_do
     how = {"root": args.data, "download": args.download, "device": args.device, "again": args.again,
            "workers": args.workers, "compile": args.compile, "tracker": args.tracker}
     left = cells if args.again or args.experiment else to_do(cells, args.out)
@@ -199,7 +206,9 @@ def _act(args, begun):
     if args.jobs and args.jobs > 1:
         outcome = run_jobs(left, args.jobs, args.out, args.traceback, deadline=deadline, **how)
     else:
-        from ngc_etf.runner import run
+        from ngc_etf.runner import on_device, run
+        if args.suite and left and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            _say(f"{len(left)} cells: {forecast(left, args.out, args.data, on_device(args.device))}")
         outcome = run_cells(left, partial(run, out=args.out, deadline=deadline, **how), args.traceback)
     if outcome.late:
         over = to_do(cells, args.out)
@@ -207,6 +216,8 @@ def _act(args, begun):
              f"{over[0].stem}; the same command goes on with them")
     return outcome.failed
 
+# %% ../nbs/11g_command.ipynb #c022
+#| code-fold: true
 def train_main(
     argv=None, # the command line's words; `sys.argv` when None
 ):
@@ -214,11 +225,11 @@ def train_main(
     begun = time.time()
     args = train_parser().parse_args(argv)
     try:
-        with _speaking_as("ngc_train"):
+        with _terminable(), _speaking_as("ngc_train"):
             failed = _say(_listing(args)) if args.list else _act(args, begun)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         _say("ngc_train: stopped; the same command goes on from the last epoch", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(_status(e))
     except Exception as e:
         if args.traceback: raise
         from ngc_etf.suite import _complaint

@@ -226,6 +226,3 @@ def with_long_tail(
     x, y = data.train
     keep = long_tail(y, factor, kind)
     return dataclasses.replace(data, train=(x[keep], y[keep]))
-
-# %% ../nbs/08_data.ipynb #c038
-image_data, ImageData, tailed = load_data, TensorData, with_long_tail  # as they were called before

@@ -9,11 +9,14 @@ __all__ = ['direction']
 import weakref
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layer import Head
-from .procrustes import at_least_float32, polar
+from .means import processes
+from .procrustes import polar
 from .simplex import canonical_direction, check_classes, haar_direction, simplex_etf
+from .solvers import at_least_float32
 
 # %% ../nbs/04c_directed.ipynb #c007
 def _gap(U)->float:
@@ -54,6 +57,14 @@ def _is_unchanged(counts, tensors)->bool:
     now = counts and _counts(tensors)
     return bool(now) and all(a() is b() and m == n for (a, m), (b, n) in zip(counts, now))
 
+def _seems_etf(U, W)->bool:
+    "A look at eight classes: orthonormal columns of U, rows of W with an ETF's products, to 1e-5."
+    C = len(W)
+    few = slice(None, None, -(-C // 8))
+    some = W[few]
+    products = C/(C-1) * (torch.eye(len(some), dtype=W.dtype, device=W.device) - 1/C)
+    return _gap(U[:, few]) <= 1e-5 and bool((some @ some.mT - products).abs().max() <= 1e-5)
+
 def _rows(U):
     "W (C, d), the simplex ETF of U, row by row in memory: product and gradient are three times faster so."
     return simplex_etf(U.shape[1], U=U).mT.contiguous()
@@ -89,11 +100,7 @@ class _DirectedHead(Head):
 
     def _is_sealed(self)->bool:
         "Whether only this head has changed U_prox and W: by torch's counts, and a look at eight classes."
-        if not _is_unchanged(self._sealed, (self.U_prox, self.W)): return False
-        few = slice(None, None, -(-self.C // 8))
-        W = self.W[few]
-        gram = self.C/(self.C-1) * (torch.eye(len(W), dtype=W.dtype, device=W.device) - 1/self.C)
-        return _gap(self.U_prox[:, few]) <= 1e-5 and bool((W @ W.mT - gram).abs().max() <= 1e-5)
+        return _is_unchanged(self._sealed, (self.U_prox, self.W)) and _seems_etf(self.U_prox, self.W)
 
     def is_etf(self, eps:float=1e-5)->bool:
         "Whether U_prox is orthonormal and W its ETF, to eps."
@@ -117,3 +124,22 @@ class _DirectedHead(Head):
 
     def __getstate__(self):
         return super().__getstate__() | {"_sealed": None}
+
+# %% ../nbs/04c_directed.ipynb #c017
+class _AboutMean(torch.autograd.Function):
+    "z = W (x - h_G) for the mean h_G of x, and a W that is given."
+    @staticmethod
+    def forward(ctx, x, W, h_G):
+        ctx.save_for_backward(W)
+        return F.linear(x, W, -W @ h_G)
+
+    @staticmethod
+    def backward(ctx, g):
+        W, = ctx.saved_tensors
+        return (g - g.mean(0)) @ W, None, None
+
+def _mean_is_plain(y)->bool:
+    "Whether h_G is the plain mean of this process's features, and autograd alone is at work."
+    hard = y is None or not y.is_floating_point()
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return hard and processes() == 1 and not traced

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .classifier import _CannotRun, last_linear
 from .heads import Head
 from .means import as_labels
 from .metrics import _batch
-from .procrustes import _has_float64, at_least_float32
+from .solvers import _has_float64, at_least_float32
 from .streaming import NeuralCollapse
-from .swap import _CannotRun, last_linear
 
 # %% ../nbs/06c_evaluation.ipynb #c006
 def _to(x, device):
@@ -40,6 +40,7 @@ def _batches(loader):
         *x, y = batch
         yield x, y
 
+# %% ../nbs/06c_evaluation.ipynb #c008
 @contextmanager
 def _evaluation(model):
     "Evaluation mode; afterwards each module has its own mode again."
@@ -68,7 +69,7 @@ def _around(model, name):
     parts = name.split(".")
     return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
 
-# %% ../nbs/06c_evaluation.ipynb #c008
+# %% ../nbs/06c_evaluation.ipynb #c010
 def _classifier(model, at, batch)->str:
     "The name of the layer that makes the logits, by a trace on a batch's inputs where there is one."
     if batch is not None:
@@ -79,6 +80,7 @@ def _classifier(model, at, batch)->str:
             pass  # two samples may be too few; any other reason shows in the whole pass
     return last_linear(model, at)
 
+# %% ../nbs/06c_evaluation.ipynb #c012
 class _Probe:
     "What goes into a classifier and comes out of it, batch by batch."
     def __init__(self, model, name):
@@ -110,7 +112,7 @@ class _Probe:
                              f"rows, got {tuple(z.shape)}")
         return h.as_subclass(Tensor), z.as_subclass(Tensor)
 
-# %% ../nbs/06c_evaluation.ipynb #c010
+# %% ../nbs/06c_evaluation.ipynb #c014
 class _Samples:
     "Features and labels while they take at most `store` bytes; beyond that, what a metric remembers of them."
     def __init__(self, C, d, device, store, joined):
@@ -153,15 +155,24 @@ class _Samples:
         self._feed(self.metric.update)
         return torch.cat([torch.zeros(0), *(m.cpu() for m in self._feed(self.metric.margins))])
 
-# %% ../nbs/06c_evaluation.ipynb #c012
+# %% ../nbs/06c_evaluation.ipynb #c016
+_BINS = 15  # of equal width, as in most papers
+
+def _tally(z, y, hits):
+    "Samples, summed cross-entropy, hits; then confidence minus hits in each bin: (3 + 15,) of one batch."
+    loss = F.cross_entropy(z, y, reduction="sum")
+    sure = z.softmax(1).amax(1)
+    where = (sure * _BINS).long().clamp(max=_BINS-1)
+    gaps = z.new_zeros(_BINS).index_add_(0, where, sure - hits)
+    return torch.cat([torch.stack([loss.new_tensor(len(z)), loss, hits.sum()]), gaps])
+
 def _score(h, z, y):
-    "The labels as classes, and (samples, summed cross-entropy, hits) of one batch."
+    "The labels as classes, and the tally of one batch."
     C = z.shape[1]
     y = as_labels(y, len(z), C)
     classes = y if y.ndim == 1 else y.argmax(1)
     _batch(h, classes, C)
-    loss = F.cross_entropy(z, y if y.ndim == 1 else y.to(z), reduction="sum")
-    return classes, torch.stack([loss.new_tensor(len(z)), loss, (z.argmax(1) == classes).sum().to(loss)])
+    return classes, _tally(z, y if y.ndim == 1 else y.to(z), (z.argmax(1) == classes).to(z))
 
 def _joint(total, margins, device):
     "Sums and margins (or None) of all processes."
@@ -173,6 +184,7 @@ def _joint(total, margins, device):
         margins = torch.cat(parts)
     return total.cpu(), margins
 
+# %% ../nbs/06c_evaluation.ipynb #c018
 @torch.no_grad()
 def measure_collapse(
     model:nn.Module,    # ends in one of our heads, or in an nn.Linear
@@ -180,14 +192,14 @@ def measure_collapse(
     at:str="",          # name of the classifier; the model's head when "", else its last linear layer
     store:int=2**30,    # bytes of features to keep for nc4 and the mean margin, left out beyond that
     margins:bool=False, # the margin of every sample too, whatever memory that takes
-)->dict:                # loss, top1 and the metrics as floats; "margins" (N,), sorted
+)->dict:                # loss, top1, the metrics and ece as floats; "margins" (N,), sorted
     "One pass over `loader` in evaluation mode, by which the model is left as it was."
     model, at = _bare(model, at)
     batches, joined = _batches(loader), getattr(loader, "world_size", 1) > 1
     first = next(batches, None)
     if first is None and not joined: raise ValueError("loader must hold at least one batch, got none")
     name = _classifier(model, at, first)
-    layer, tallies = model.get_submodule(name), [torch.zeros(3)]
+    layer, tallies = model.get_submodule(name), [torch.zeros(3 + _BINS)]
     (C, d), device = layer.weight.shape, layer.weight.device
     samples = _Samples(C, d, device, math.inf if margins else store, joined)
     with _evaluation(model), _eager(_around(model, name)), _Probe(model, name) as probe:
@@ -201,5 +213,6 @@ def measure_collapse(
     if joined:
         total, each = _joint(total, each if margins else None, device)
     out = {"loss": total[1] / total[0], "top1": total[2] / total[0]}
-    out = {k: float(v) for k, v in (out | samples.metric.compute(layer.weight, layer.bias)).items()}
+    out |= samples.metric.compute(layer.weight, layer.bias) | {"ece": total[3:].abs().sum() / total[0]}
+    out = {k: float(v) for k, v in out.items()}
     return out | {"margins": each.sort().values} if margins else out

@@ -30,8 +30,47 @@ TRACKERS = ("tensorboard", "wandb")  # that can show a run while it lasts
 
 # %% ../nbs/11_experiment.ipynb #c008
 #| code-fold: true
+class _Answers:
+    "What a description answers from its fields."
+    def due(self, epoch:int)->bool:
+        "Is this epoch, counted from 1, to be evaluated?"
+        listed = epoch in self.at or epoch <= self.dense or epoch == self.epochs
+        return listed or epoch % self.every == 0
+
+    @property
+    def large(self)->bool:
+        "Are the images read from folders?"
+        return self.data == "imagenet" or self.data.startswith("folder:")
+
+    @property
+    def free(self)->bool:
+        "Are the features themselves what is trained?"
+        return self.data in UFM
+
+    @property
+    def small(self)->bool:
+        "Is its network one of this project's own, or none at all?"
+        return self.free or self.net.split("-")[0] in ("digits", "mlp")
+
+    @property
+    def stratified(self)->bool:
+        "Does every batch hold every class?"
+        return self.sampler == "stratified" or self.method.startswith("nearest")
+
+    @property
+    def stem(self)->str:
+        "Where the files of the run are, below the folder of results."
+        return f"{self.name}/{self.method}-s{self.seed}"
+
+    @property
+    def as_json(self)->dict:
+        "The fields as a JSON file gives them back."
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+# %% ../nbs/11_experiment.ipynb #c010
+#| code-fold: true
 @dataclass(frozen=True)
-class Experiment:
+class Experiment(_Answers):
     "Everything a run depends on; the defaults are the paper's."
     name:str                    # as `ngc_train --experiment` knows it
     data:str                    # of `DATASETS` or `UFM`, "imagenet", or "folder:PATH"
@@ -54,6 +93,7 @@ class Experiment:
     alpha:object = "paper"      # smoothing of the means: "paper", "cumulative", or a constant in (0, 1]
     start:str = "canonical"     # direction before the first step: "canonical" or "haar"
     lag:bool = False            # W from the means of the earlier batches only
+    solve_first:bool = True     # the first U_prox solves problem (6); the start itself where off
     scale_free:bool = False     # delta scaled with C, see `scale_free_delta`; `delta` is not read
     loss:str = "ce"             # "ce", "ntce" or "nonl"
     optimizer:str = "agd"       # "agd"; "adamw" (decay 0.01); "sgd" (momentum 0.9, decay 1e-4)
@@ -63,32 +103,7 @@ class Experiment:
     def __post_init__(self):
         _check(self)
 
-    def due(self, epoch:int)->bool:
-        "Is this epoch, counted from 1, to be evaluated?"
-        listed = epoch in self.at or epoch <= self.dense or epoch == self.epochs
-        return listed or epoch % self.every == 0
-
-    @property
-    def large(self)->bool:
-        "Are the images read from folders?"
-        return self.data == "imagenet" or self.data.startswith("folder:")
-
-    @property
-    def stratified(self)->bool:
-        "Does every batch hold every class?"
-        return self.sampler == "stratified" or self.method.startswith("nearest")
-
-    @property
-    def stem(self)->str:
-        "Where the files of the run are, below the folder of results."
-        return f"{self.name}/{self.method}-s{self.seed}"
-
-    @property
-    def as_json(self)->dict:
-        "The fields as a JSON file gives them back."
-        return json.loads(json.dumps(dataclasses.asdict(self)))
-
-# %% ../nbs/11_experiment.ipynb #c010
+# %% ../nbs/11_experiment.ipynb #c012
 #| code-fold: true
 _ALLOWED = {
     "method": METHODS,
@@ -137,7 +152,7 @@ def _check_together(exp):
         raise ValueError("schedule must be none with optimizer agd, which has no learning rate, "
                          f"got {exp.schedule!r}")
 
-# %% ../nbs/11_experiment.ipynb #c014
+# %% ../nbs/11_experiment.ipynb #c016
 #| code-fold: true
 def _log_grid(last, points=40):
     "Whole numbers from 1 to `last`, evenly spaced on a logarithmic axis."
@@ -161,7 +176,7 @@ _KNOWN = [
 ]
 EXPERIMENTS = {e.name: e for e in _KNOWN}
 
-# %% ../nbs/11_experiment.ipynb #c016
+# %% ../nbs/11_experiment.ipynb #c018
 #| code-fold: true
 def get_experiment(
     name:str,    # one of `EXPERIMENTS`, or "folder:PATH" with a path below `root`
@@ -199,7 +214,7 @@ def _plain(text):
     "Text as part of a file's name, neither hidden nor a path."
     return "".join("-" if c in ":/\\" else c for c in text).lstrip(".") or "images"
 
-# %% ../nbs/11_experiment.ipynb #c020
+# %% ../nbs/11_experiment.ipynb #c022
 #| code-fold: true
 _THREE = ("standard", "fixed", "nearest")
 
@@ -222,7 +237,7 @@ SUITES = {
     "long-tail": _cells(["digits-net-lt", "cifar10-resnet18-lt"]),
 }
 
-# %% ../nbs/11_experiment.ipynb #c022
+# %% ../nbs/11_experiment.ipynb #c024
 #| code-fold: true
 def suite_cells(
     name:str,      # one of `SUITES`

@@ -11,7 +11,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .directed import _DirectedHead, _counts, _is_unchanged, _rows, direction
+from ngc_etf.directed import (
+    _AboutMean, _DirectedHead, _counts, _is_unchanged, _mean_is_plain, _rows, direction,
+)
 from .layer import Head, _once
 from .means import processes
 from .nearest import SOLVERS, nearest_etf
@@ -79,10 +81,12 @@ class FixedETFHead(Head):
         self.global_mean, self.detach_mean = RunningGlobalMean(d), detach_mean
 
     def train_logits(self, x, y):
-        W, h_G = self.W.to(x.dtype), self.global_mean(x)
+        plain = _mean_is_plain(y)
+        W, h_G = self.W.to(x.dtype), self.global_mean(x.detach() if plain or self.detach_mean else x)
         with torch.no_grad():
             self.b.copy_(-self.W @ self.global_mean.h_G)
-        return F.linear(x, W, -W @ (h_G.detach() if self.detach_mean else h_G))
+        if plain and not self.detach_mean: return _AboutMean.apply(x, W, h_G)
+        return F.linear(x, W, -W @ h_G)
 
 _direction = direction  # `direction` is also the name of an argument
 
@@ -112,12 +116,13 @@ def _take_rank_0s(U:Tensor)->Tensor:
     return U
 
 # %% ../nbs/05_heads.ipynb #c021
-def _proximal(H, U_prox, first:bool, solver:str):
+def _proximal(H, U_prox, first:bool, solver:str, solve_first:bool=True):
     "U_prox of problem (7): the last direction; at the first step the solution of (6) nearest to the start."
     U_prox = U_prox.to(H, copy=True)
     if not first: return U_prox
     if processes() > 1:
         _take_rank_0s(U_prox)
+    if not solve_first: return U_prox
     return nearest_etf(H.detach(), solver=solver, start=U_prox, validate=False)
 
 def _nearest(H, U_prox, delta:float, solver:str):
@@ -132,17 +137,17 @@ _SPLITS = (torch.Tag.cudagraph_unsafe,)  # reads a number: CUDA graphs must leav
 
 @torch.library.custom_op("ngc_etf::solve_or_hold", mutates_args=(), tags=_SPLITS)
 def _solve_or_hold(
-    H:Tensor, U_prox:Tensor, done:Tensor, delta:float, every:int, solver:str,
+    H:Tensor, U_prox:Tensor, done:Tensor, delta:float, every:int, solver:str, solve_first:bool=True,
 )->tuple[Tensor, Tensor]:
     "U (d, C) of problem (7) and the P that it is the polar factor of; between solves the last U, and zeros."
     step = int(done)
     if step % every: return U_prox.to(H, copy=True).contiguous(), H.new_zeros(H.shape)
-    U_prox = _proximal(H, U_prox, step == 0, solver)
+    U_prox = _proximal(H, U_prox, step == 0, solver, solve_first)
     U, P = _nearest(H, U_prox, delta, solver), procrustes_target(H, U_prox, delta)
     return U.contiguous(), P.contiguous()
 
 @_solve_or_hold.register_fake
-def _(H, U_prox, done, delta, every, solver):
+def _(H, U_prox, done, delta, every, solver, solve_first=True):
     return H.new_empty(H.shape), H.new_empty(H.shape)
 
 # %% ../nbs/05_heads.ipynb #c024
@@ -163,85 +168,49 @@ def _save(ctx, inputs, output):
 def _adjoint(ctx, v, _):
     "dL/dH = 2 dL/dP M̃."
     dP = torch.ops.ngc_etf.solve_or_hold_vjp(*ctx.saved_tensors, v)
-    return (dP - dP.mean(1, keepdim=True)) * (2 / (v.shape[1]-1)**0.5), None, None, None, None, None
+    dH = (dP - dP.mean(1, keepdim=True)) * (2 / (v.shape[1]-1)**0.5)
+    return dH, None, None, None, None, None, None
 
 _solve_or_hold.register_autograd(_adjoint, setup_context=_save)
 
 # %% ../nbs/05_heads.ipynb #c026
-class NearestETFHead(_DirectedHead):
-    "At every training step the simplex ETF nearest to the class means (Eqs. 7-9); no parameters."
-    _needs_past = True
-
-    def __init__(self,
-        d:int,               # feature dimension, at least C
-        C:int,               # number of classes, at least 2
-        delta:float=1e-3,    # proximal coefficient of Eq. 7, positive
-        tau:float=5.,        # norm of the features
-        ddn_grad:bool=True,  # gradient through the solution as well (§3.6)
-        solver:str="auto",   # one of `ngc_etf.SOLVERS`
-        start="canonical",   # direction before the first step: "canonical", "haar", or U (d, C)
-        alpha="paper",       # smoothing of the class means, as in `RunningMeans`
-        validate:bool=True,  # check labels and features (on a GPU one step late, without a stall)
-        solve_every:int=1,   # solve at steps 1, k+1, 2k+1, ...; in between W is held
-        lag:bool=False,      # W from the means of earlier batches only, without gradient
-    ):
-        super().__init__(direction(start, d, C), RunningMeans(d, C, alpha, validate), tau)
-        if not delta > 0:
-            raise ValueError(f"delta, the proximal coefficient, must be positive, got delta={delta}")
-        if solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-        if not (isinstance(solve_every, int) and solve_every >= 1):
-            raise ValueError(f"solve_every must be a whole number of steps from 1, got {solve_every!r}")
-        self.delta, self.ddn_grad, self.solver = delta, ddn_grad, solver
-        self.solve_every, self.lag = solve_every, lag
+class _NearestStep(_DirectedHead):
+    "The training step of `NearestETFHead`: means, problem (7), W; run by Python or as a graph."
+    def _start(self):
         self._known = None   # steps so far, and the state of the buffer means.t that they were read from
         self._begun = False  # whether the first step is known to be done
-
-    def train_logits(self, x, y):
-        if y is None and torch.is_grad_enabled():
-            raise ValueError("NearestETFHead needs the labels in training: call head(h, y); "
-                             "after head.eval() it needs none")
-        if y is None: return self._linear(x)
-        last = self.W.to(x, copy=True) if self.lag or self.solve_every > 1 else None
-        W, h_G = self._compiled(x, y) if torch.compiler.is_compiling() else self._eager(x, y)
-        self._centre()
-        if self.lag or W is None: return F.linear(x, last, -last @ h_G)
-        return F.linear(x, W, -W @ h_G)
-
-    def _stream(self, H):
-        return H if self.ddn_grad and not self.lag else H.detach()
 
     def _done(self)->int:
         "Steps so far; read from the buffer only where somebody else has changed it."
         if self._known and _is_unchanged(self._known[1], (self.means.t,)): return self._known[0]
-        return 0 if self.means.t.is_meta else self.means.steps()
+        return 0 if self.means.t.is_meta else self.means.t.item()
 
-    def _eager(self, x, y):
-        "W of this step (None where the last one is held) and h_G."
+    def _eager(self, x, y, follows:bool):
+        "W of this step (None where it is held) and h_G; `follows`: W carries the gradient of the solution."
         done = self._done()
-        H, h_G = self.means(x, y)
+        held = done % self.solve_every
+        H, h_G = self.means(x.detach() if _mean_is_plain(y) and (held or not follows) else x, y)
         self._known, self._begun = (done + 1, _counts((self.means.t,))), True
-        if done % self.solve_every: return None, h_G
-        U_prox = _proximal(H, self.U_prox, done == 0, self.solver)
-        U = _nearest(self._stream(H), U_prox, self.delta, self.solver)
-        W = _rows(U)
-        self._store(U, W)
-        return W, h_G
+        if held: return None, h_G
+        U_prox = _proximal(H, self.U_prox, done == 0, self.solver, self.solve_first)
+        return self._classifier(_nearest(H if follows else H.detach(), U_prox, self.delta, self.solver)), h_G
 
-    def _compiled(self, x, y):
+    def _compiled(self, x, y, follows:bool):
         "The same as a graph."
         done, U_prox = self.means.t.clone(), _once(self.U_prox.to(x))
         asks = not (x.is_cuda and self._begun and self.solve_every == 1 and processes() == 1)
         self._begun = True
         H, h_G = self.means(x, y)
-        H = self._stream(H)
-        if asks:
-            U = _solve_or_hold(H, U_prox, done, self.delta, self.solve_every, self.solver)[0]
-        else:
-            U = nearest_etf(H, U_prox, self.delta, self.solver, validate=False)
+        H = H if follows else H.detach()
+        if not asks: return self._classifier(_nearest(H, U_prox, self.delta, self.solver)), h_G
+        how = self.delta, self.solve_every, self.solver, self.solve_first
+        return self._classifier(_solve_or_hold(H, U_prox, done, *how)[0]), h_G
+
+    def _classifier(self, U):
+        "W of U; both are stored."
         W = _rows(U)
         self._store(U, W)
-        return W, h_G
+        return W
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
@@ -249,3 +218,50 @@ class NearestETFHead(_DirectedHead):
 
     def __getstate__(self):
         return super().__getstate__() | {"_known": None}
+
+# %% ../nbs/05_heads.ipynb #c028
+def _check_options(delta, solver, solve_every):
+    "A `ValueError` that names the option, its value and what is allowed."
+    if not delta > 0:
+        raise ValueError(f"delta, the proximal coefficient, must be positive, got delta={delta}")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    if not (isinstance(solve_every, int) and solve_every >= 1):
+        raise ValueError(f"solve_every must be a whole number of steps from 1, got {solve_every!r}")
+
+class NearestETFHead(_NearestStep):
+    "At every training step the simplex ETF nearest to the class means (Eqs. 7-9); no parameters."
+    _needs_past = True
+
+    def __init__(self,
+        d:int,                 # feature dimension, at least C
+        C:int,                 # number of classes, at least 2
+        delta:float=1e-3,      # proximal coefficient of Eq. 7, positive
+        tau:float=5.,          # norm of the features
+        ddn_grad:bool=True,    # gradient through the solution as well (§3.6)
+        solver:str="auto",     # one of `ngc_etf.SOLVERS`
+        start="canonical",     # direction before the first step: "canonical", "haar", or U (d, C)
+        alpha="paper",         # smoothing of the class means, as in `RunningMeans`
+        validate:bool=True,    # check labels and features (on a GPU one step late, without a stall)
+        solve_every:int=1,     # solve at steps 1, k+1, 2k+1, ...; in between W is held
+        lag:bool=False,        # W from the means of earlier batches only, without gradient
+        solve_first:bool=True, # the first U_prox solves problem (6); the start itself where off
+    ):
+        super().__init__(direction(start, d, C), RunningMeans(d, C, alpha, validate), tau)
+        _check_options(delta, solver, solve_every)
+        self.delta, self.ddn_grad, self.solver = delta, ddn_grad, solver
+        self.solve_every, self.lag, self.solve_first = solve_every, lag, solve_first
+        self._start()
+
+    def train_logits(self, x, y):
+        if y is None and torch.is_grad_enabled():
+            raise ValueError("NearestETFHead needs the labels in training: call head(h, y); "
+                             "after head.eval() it needs none")
+        if y is None: return self._linear(x)
+        last = self.W.to(x, copy=True) if self.lag or self.solve_every > 1 else None
+        step = self._compiled if torch.compiler.is_compiling() else self._eager
+        W, h_G = step(x, y, self.ddn_grad and not self.lag)
+        self._centre()
+        W = last if self.lag or W is None else W
+        if _mean_is_plain(y) and not W.requires_grad: return _AboutMean.apply(x, W, h_G)
+        return F.linear(x, W, -W @ h_G)

@@ -173,7 +173,28 @@ def _(X):
     return torch.empty_like(X, memory_format=torch.contiguous_format)
 
 # %% ../nbs/04b_layer.ipynb #c024
-class Head(_Repeatable):
+class _NamedState(_Repeatable):
+    "A module whose state holds W and b; a state that calls them weight and bias loads if it is a head's."
+    def _rename(self, state, prefix)->bool:
+        "W and b of a state that calls them weight and bias; whether they are an nn.Linear's, and stay."
+        if prefix + "weight" not in state: return False
+        others = [prefix + name for name, _ in self.named_buffers() if name not in ("W", "b")]
+        if any(key not in state for key in others): return True
+        for before, after in ("weight", "W"), ("bias", "b"):
+            if prefix + before in state:
+                state.setdefault(prefix + after, state.pop(prefix + before))
+        return False
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        foreign = self._rename(state, prefix)
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+        if foreign:
+            unexpected.append(
+                f"{prefix}* of an nn.Linear, for a {type(self).__name__}: load it before the layer is "
+                "exchanged (`swap_head`); the way back from a head to plain layers is `ngc_etf.plain(model)`")
+
+# %% ../nbs/04b_layer.ipynb #c026
+class Head(_NamedState):
     "The common part: features of norm tau in, logits (N, C) out; at evaluation a linear map."
     def __init__(self, d:int, C:int, tau:float=5., normalise:bool=True):
         super().__init__()
@@ -217,24 +238,5 @@ class Head(_Repeatable):
             lin.bias.copy_(self.b)
         return lin
 
-    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
-        foreign = _rename(self, state, prefix)
-        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
-        if foreign:
-            unexpected.append(
-                f"{prefix}* of an nn.Linear, for a {type(self).__name__}: load it before the layer is "
-                "exchanged (`swap_head`); the way back from a head to plain layers is `ngc_etf.plain(model)`")
-
     def extra_repr(self):
         return f"d={self.d}, C={self.C}, tau={self.tau}, normalise={self.normalise}"
-
-# %% ../nbs/04b_layer.ipynb #c026
-def _rename(head, state, prefix)->bool:
-    "W and b of a state that calls them weight and bias; whether they are an nn.Linear's, and stay."
-    if prefix + "weight" not in state: return False
-    others = [prefix + name for name, _ in head.named_buffers() if name not in ("W", "b")]
-    if any(key not in state for key in others): return True
-    for before, after in ("weight", "W"), ("bias", "b"):
-        if prefix + before in state:
-            state.setdefault(prefix + after, state.pop(prefix + before))
-    return False

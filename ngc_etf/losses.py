@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .means import ValueCheck, _all_sum, _label_faults, as_labels, processes
-from .procrustes import at_least_float32
+from .solvers import at_least_float32
 
 # %% ../nbs/05c_losses.ipynb #c007
 _check = ValueCheck()

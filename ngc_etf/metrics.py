@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .lapack import eigh, svd
 from .means import _centre, _label_faults, as_labels
-from .procrustes import _wide
+from .solvers import _wide
 from .simplex import check_classes, standard_etf
 
 # %% ../nbs/06_metrics.ipynb #c007
@@ -121,12 +121,16 @@ def nc4(
     "Eq. 14 as a number: the fraction of samples on which classifier and nearest class mean disagree."
     C = len(_matrix(W, "W", None, None))
     h, y = _batch(h, y, C)
-    W = _matrix(W, "W", C, h.shape[1])
-    b = W.new_zeros(C) if b is None else _matrix(b, "b", C)
+    W, b = _rows(W, b, C, h.shape[1])
     own, n = _class_means(h, y, C)
     if means is not None:
         own, n = _matrix(means, "means", C, h.shape[1]), torch.ones_like(n)
     return _disagree(h, own, n > 0, W, b).to(h.dtype).mean()
+
+def _rows(W, b, C, d):
+    "A classifier's rows (C, d) and bias (C,), zero when None."
+    W = _matrix(W, "W", C, d)
+    return W, W.new_zeros(C) if b is None else _matrix(b, "b", C)
 
 def _disagree(h, means, present, W, b):
     "Per sample: is the class of the largest logit another than that of the nearest mean?"

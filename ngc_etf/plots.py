@@ -27,7 +27,7 @@ def line_style(
     return {"color": colour, "linestyle": dashes, "linewidth": 2. if method == "nearest" else 1.5}
 
 # %% ../nbs/06d_plots.ipynb #c010
-_LOG = ("loss", "train_loss", "test_loss", "nc1", "nc2", "nc3", "equinorm", "cdnv", "bias_gap")
+_LOG = ("loss", "train_loss", "test_loss", "nc1", "nc2", "nc3", "equinorm", "cdnv", "bias_gap", "forward_ms")
 _WORDS = {
     "loss": "cross-entropy", "train_loss": "cross-entropy", "test_loss": "test cross-entropy",
     "top1": "top-1", "train_top1": "train top-1", "test_top1": "test top-1",
@@ -44,15 +44,16 @@ def _line(ax, rows, x, y, **look):
     if by.size().max() > 1:
         ax.fill_between(by.min().index, by.min(), by.max(), color=line.get_color(), alpha=.2, linewidth=0)
 
+# %% ../nbs/06d_plots.ipynb #c012
 def _scales(ax, log, last=0):
     "Logarithms upwards on demand, and along where the last epoch is a large number; whole numbers along."
-    from matplotlib.ticker import MaxNLocator, NullLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
     ax.xaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
     if log:
         ax.set_yscale("log")
         low, high = ax.get_ylim()
-        if high < 30*low:  # less than one and a half decades: plain numbers
-            ax.yaxis.set_major_locator(MaxNLocator(4))
+        if high < 100*low:  # less than two decades: plain numbers
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 4*low else MaxNLocator(4))
             ax.yaxis.set_minor_locator(NullLocator())
             ax.yaxis.set_major_formatter("{x:g}")
     if last > 500:
@@ -78,7 +79,7 @@ def _own_axes(ax, names=("",)):
         raise ValueError(f"ax must be {what}, got {type(ax).__name__} of {len(axes)}")
     return axes
 
-# %% ../nbs/06d_plots.ipynb #c012
+# %% ../nbs/06d_plots.ipynb #c014
 _SHOWN = ("nc1", "nc2", "nc3", "nc4", "equinorm", "margin")
 _PARTS = {"train": "-", "test": "--", "clean": ":"}
 
@@ -121,7 +122,7 @@ def _lines(frame):
     looks = [{"color": f"C{i}", "linestyle": dashes} for i, dashes in enumerate(_PARTS.values())]
     return [(part, frame, part, look) for part, look in zip(_PARTS, looks)]
 
-# %% ../nbs/06d_plots.ipynb #c014
+# %% ../nbs/06d_plots.ipynb #c016
 _LEVEL = {"color": "#777777", "linestyle": ":", "linewidth": 1}  # of a value at collapse
 
 def _panel(ax, frame, name, C):
@@ -154,10 +155,10 @@ def plot_collapse(
         _panel(one, frame, name, C)
     entries = {label: handle for a in axes for handle, label in zip(*a.get_legend_handles_labels())}
     if len(entries) > 1:
-        axes[0].legend(entries.values(), entries.keys())
+        axes[0].legend(entries.values(), entries.keys(), fontsize="small")
     return axes[0] if len(axes) == 1 else np.array(axes)
 
-# %% ../nbs/06d_plots.ipynb #c020
+# %% ../nbs/06d_plots.ipynb #c022
 def plot_margins(
     margins, # (N,) as `cosine_margins` or `measure_collapse(..., margins=True)["margins"]` gives them
     C=None,  # number of classes, for the value at collapse, C/(C-1); not drawn when None
@@ -181,7 +182,7 @@ def plot_margins(
     ax.set(xlabel="share of the samples, sorted", ylabel="cosine margin")
     return ax
 
-# %% ../nbs/06d_plots.ipynb #c025
+# %% ../nbs/06d_plots.ipynb #c027
 def plot_gram(
     W,       # (C, d) classifier rows, such as `head.weight` or `linear.weight`
     ax=None, # matplotlib Axes; new ones when None

@@ -23,6 +23,11 @@ def smoothing(
     if alpha == "cumulative": return 1 / t
     return torch.where(t == 1, torch.ones_like(t, dtype=torch.float32), alpha)
 
+def _check_alpha(alpha):
+    "A `ValueError` for what `smoothing` does not know."
+    if alpha in ("paper", "cumulative") or (isinstance(alpha, (int, float)) and 0 < alpha <= 1): return
+    raise ValueError(f"alpha must be 'paper', 'cumulative' or a constant in (0, 1], got {alpha!r}")
+
 # %% ../nbs/02a_running.ipynb #c010
 class Stateful(nn.Module):
     "A module whose state stays float32 or better under `.half()`, and is loaded whole or not at all."
@@ -87,6 +92,13 @@ def _unit(
     return H_bar * ((norm > rounding) / norm.clamp(min=rounding))
 
 # %% ../nbs/02a_running.ipynb #c019
+def _sums(h, y, C, check):
+    "Class sums and counts, checked where there is a check."
+    if check is None: return class_sums(h, y, C)
+    check.raise_late()
+    return _checked_sums(h, y, C, check)
+
+# %% ../nbs/02a_running.ipynb #c021
 class RunningMeans(Stateful):
     "Eq. 9: the moving average of the centred class means; all state in buffers, updated in place."
     def __init__(self,
@@ -96,8 +108,7 @@ class RunningMeans(Stateful):
         validate=True, # check labels and features (on a GPU one step late, without a stall)
     ):
         super().__init__()
-        if alpha not in ("paper", "cumulative") and not (isinstance(alpha, (int, float)) and 0 < alpha <= 1):
-            raise ValueError(f"alpha must be 'paper', 'cumulative' or a constant in (0, 1], got {alpha!r}")
+        _check_alpha(alpha)
         self.d, self.C, self.alpha = d, C, alpha
         self.check = ValueCheck() if validate else None
         self.global_mean = RunningGlobalMean(d, validate=False)  # the features are checked here
@@ -111,17 +122,12 @@ class RunningMeans(Stateful):
     )->tuple:     # H (d, C) of unit Frobenius norm, h_G (d,) the batch's global mean; both carry gradient
         "One step in training; in evaluation the stored means, and nothing changes."
         if not self.training: return _unit(self.H_bar, self.global_mean.h_G), self.global_mean.h_G
-        sums, counts = self._sums(h, check_batch(h, y, self.C, self.d))
+        sums, counts = _sums(h, check_batch(h, y, self.C, self.d), self.C, self.check)
         batch, h_G = _centre(_class_means(sums, counts), counts)
         share = torch.where(self.seen > 0, smoothing(self.t + 1, self.alpha), 1.) * (counts > 0)
         H_bar = torch.lerp(self.H_bar.to(h.dtype, copy=True), batch, share.to(h.dtype))
         self._store(H_bar, counts, h_G)
         return _unit(H_bar, h_G), h_G
-
-    def _sums(self, h, y):
-        if self.check is None: return class_sums(h, y, self.C)
-        self.check.raise_late()
-        return _checked_sums(h, y, self.C, self.check)
 
     @torch.no_grad()
     def _store(self, H_bar, counts, h_G):

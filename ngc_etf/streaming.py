@@ -14,9 +14,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from .means import _centre, as_labels
-from .metrics import _batch, _cdnv, _disagree, _dual, _f64, _margins, _matrix, _no_means
+from .metrics import _batch, _cdnv, _disagree, _dual, _f64, _margins, _matrix, _no_means, _rows
 from .metrics import cosine_margins, equinorm_gap, nc2, nc3, numerical_rank, pair_cosines
-from .procrustes import _has_float64
+from .solvers import _has_float64
 from .simplex import check_classes
 
 # %% ../nbs/06b_streaming.ipynb #c008
@@ -68,8 +68,7 @@ def _from_moments(n, means, spread, S, eps):
 def _with_classifier(W, b, H_bar, h_G):
     "The metrics that need a classifier as well."
     d, C = H_bar.shape
-    W = _matrix(W, "W", C, d).to(H_bar.device)
-    b = W.new_zeros(C) if b is None else _matrix(b, "b", C).to(W.device)
+    W, b = (t.to(H_bar.device) for t in _rows(W, b, C, d))
     cos, std = pair_cosines(W.mT)
     out = {"nc2": nc2(W), "nc3": nc3(W, H_bar), "equinorm": equinorm_gap(W, H_bar)}
     out |= {"bias_gap": (W @ h_G + b).norm(), "rank_weights": numerical_rank(W)}
@@ -113,12 +112,27 @@ class _Moments(Metric):
 # %% ../nbs/06b_streaming.ipynb #c018
 _RULE = ("W", "b", "means", "h_G", "present", "T", "given")
 
+def _padded_dual(means, h_G, n, eps):
+    "T of `_dual`, (d, C); padded with zero columns, so that its shape is the same on every process."
+    H_bar = (means - h_G).mT * (n > 0)
+    T = _dual(H_bar, means.square().sum(1).max(), eps)
+    return torch.zeros_like(H_bar) if T is None else F.pad(T, (0, len(n) - T.shape[1]))
+
+def _verdicts(rule, h, y):
+    "Of each sample: the margin, whether the two rules of NC4 disagree, and |T'r|²."
+    h = _f64(h)
+    W, b, means, h_G, present, T = (t.to(h) for t in rule)
+    y = y.to(h.device)
+    within = ((h - means[y]) @ T).square().sum(1)
+    return _margins(h - h_G, y, W - W.mean(0)), _disagree(h, means, present > 0, W, b).to(h), within
+
+# %% ../nbs/06b_streaming.ipynb #c020
 def _first(parts):
     "How processes agree on a rule: by the first one's."
     return parts[0]
 
-class _Judge(_Moments):
-    "The second pass: NC4 and margins under a rule."
+class _Ruled(_Moments):
+    "A rule, and the sums of the verdicts under it."
     def __init__(self, C, d, dtype, scatter, bins, **kwargs):
         super().__init__(C, d, dtype, scatter, **kwargs)
         self.bins = bins
@@ -134,27 +148,10 @@ class _Judge(_Moments):
         "Has `judge` been called since the last reset?"
         return self.rule_W.numel() > 0
 
-    def judge(self,
-        W:Tensor,          # (C, d) classifier rows
-        b:Tensor=None,     # (C,) bias; zero when None
-        means:Tensor=None, # (C, d) class means, not centred; those seen so far when None
-        h_G:Tensor=None,   # (d,) global mean, given together with the means
-    ):
-        "From now on `update` judges samples for NC4 and margins; with given means it counts them too."
-        if (means is None) != (h_G is None):
-            raise ValueError(f"means and h_G go together, got only {'h_G' if means is None else 'means'}")
-        given = means is not None
-        W = _matrix(W, "W", self.C, self.d)
-        b = W.new_zeros(self.C) if b is None else _matrix(b, "b", self.C)
-        if given:
-            means, h_G = _matrix(means, "means", self.C, self.d), _matrix(h_G, "h_G", self.d)
-            n = W.new_ones(self.C)
-        else:
-            with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync):
-                n, means, *_ = self._moments()
-            h_G = _centre(means, n)[1]
-        T = _padded_dual(means, h_G, n, torch.finfo(self.mean.dtype).eps)
-        self._set_rule(W, b, means, h_G, n > 0, T, torch.ones(int(given)))
+    def margins(self, h:Tensor, y:Tensor)->Tensor: # (N,)
+        "Margins of these samples, one by one, under `judge`'s classifier and global mean; changes nothing."
+        if not self.judging: raise ValueError("margins needs a rule: call judge first")
+        return cosine_margins(h, y, self.rule_W.to(h.device), self.rule_h_G.to(h.device))
 
     def _set_rule(self, *tensors):
         "The rule, in the widest type that the device has; nothing is judged by it yet."
@@ -174,27 +171,47 @@ class _Judge(_Moments):
         if self.bins:
             self.margin_hist = self.margin_hist + torch.histc(m.clamp(-2, 2), self.bins, -2, 2).to(self.tally)
 
-    def margins(self, h:Tensor, y:Tensor)->Tensor: # (N,)
-        "Margins of these samples, one by one, under `judge`'s classifier and global mean; changes nothing."
-        if not self.judging: raise ValueError("margins needs a rule: call judge first")
-        return cosine_margins(h, y, self.rule_W.to(h.device), self.rule_h_G.to(h.device))
-
-# %% ../nbs/06b_streaming.ipynb #c020
-def _padded_dual(means, h_G, n, eps):
-    "T of `_dual`, (d, C); zeros where the means coincide."
-    H_bar = (means - h_G).mT * (n > 0)
-    T = _dual(H_bar, means.square().sum(1).max(), eps)
-    return torch.zeros_like(H_bar) if T is None else F.pad(T, (0, len(n) - T.shape[1]))
-
-def _verdicts(rule, h, y):
-    "Of each sample: the margin, whether the two rules of NC4 disagree, and |T'r|²."
-    h = _f64(h)
-    W, b, means, h_G, present, T = (t.to(h) for t in rule)
-    y = y.to(h.device)
-    within = ((h - means[y]) @ T).square().sum(1)
-    return _margins(h - h_G, y, W - W.mean(0)), _disagree(h, means, present > 0, W, b).to(h), within
-
 # %% ../nbs/06b_streaming.ipynb #c022
+class _Judge(_Ruled):
+    "How a rule is made, and how two metrics become one."
+    def judge(self,
+        W:Tensor,          # (C, d) classifier rows
+        b:Tensor=None,     # (C,) bias; zero when None
+        means:Tensor=None, # (C, d) class means, not centred; those seen so far when None
+        h_G:Tensor=None,   # (d,) global mean, given together with the means
+    ):
+        "From now on `update` judges samples for NC4 and margins; with given means it counts them too."
+        if (means is None) != (h_G is None):
+            raise ValueError(f"means and h_G go together, got only {'h_G' if means is None else 'means'}")
+        given = means is not None
+        W, b = _rows(W, b, self.C, self.d)
+        if given:
+            means, h_G = _matrix(means, "means", self.C, self.d), _matrix(h_G, "h_G", self.d)
+            n = W.new_ones(self.C)
+        else:
+            with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync):
+                n, means, *_ = self._moments()
+            h_G = _centre(means, n)[1]
+        T = _padded_dual(means, h_G, n, torch.finfo(self.mean.dtype).eps)
+        self._set_rule(W, b, means, h_G, n > 0, T, torch.ones(int(given)))
+
+    def merge_state(self, incoming):
+        "Add what another `NeuralCollapse` has seen; where both have judged, it was by one rule."
+        theirs = incoming.metric_state if isinstance(incoming, Metric) else incoming
+        pair = {k: [v, theirs[k].to(v.device)] for k, v in self.metric_state.items()}
+        rules = [pair.pop(f"rule_{name}") for name in _RULE]
+        if self.judging and len(rules[0][1]) and not all(torch.equal(*r) for r in rules):
+            raise ValueError("the metrics to merge must have been judged by one rule, got two different ones")
+        pair = {k: torch.stack([a, b.to(a)]) for k, (a, b) in pair.items()}
+        if not self.judging:
+            self._set_rule(*(r[1] for r in rules))
+        self._update_count += 1
+        for name, t in zip(_MOMENTS, _chan(*(pair[k] for k in _MOMENTS))):
+            setattr(self, name, t)
+        self.tally, self.margin_hist = pair["tally"].sum(0), pair["margin_hist"].sum(0)
+        self.margin_min = pair["margin_min"].amin(0)
+
+# %% ../nbs/06b_streaming.ipynb #c024
 class NeuralCollapse(_Judge):
     "All metrics of these chapters from batches of the head's features; `judge` adds NC4 and margins."
     def __init__(self,
@@ -242,19 +259,3 @@ class NeuralCollapse(_Judge):
         out = {"nc1": within / n} | out
         out |= {"nc4": wrong / n, "margin": margins / n, "margin_min": _f64(self.margin_min)}
         return out | {"margin_hist": _f64(self.margin_hist)} if self.bins else out
-
-    def merge_state(self, incoming):
-        "Add what another `NeuralCollapse` has seen; where both have judged, it was by one rule."
-        theirs = incoming.metric_state if isinstance(incoming, Metric) else incoming
-        pair = {k: [v, theirs[k].to(v.device)] for k, v in self.metric_state.items()}
-        rules = [pair.pop(f"rule_{name}") for name in _RULE]
-        if self.judging and len(rules[0][1]) and not all(torch.equal(*r) for r in rules):
-            raise ValueError("the metrics to merge must have been judged by one rule, got two different ones")
-        pair = {k: torch.stack([a, b.to(a)]) for k, (a, b) in pair.items()}
-        if not self.judging:
-            self._set_rule(*(r[1] for r in rules))
-        self._update_count += 1
-        for name, t in zip(_MOMENTS, _chan(*(pair[k] for k in _MOMENTS))):
-            setattr(self, name, t)
-        self.tally, self.margin_hist = pair["tally"].sum(0), pair["margin_hist"].sum(0)
-        self.margin_min = pair["margin_min"].amin(0)

@@ -51,8 +51,9 @@ stl10-vgg13       81.61 81.3 81.9   79.53 78.6 80.3   79.94 79.5 80.9
 imagenet-resnet50 60.02 59.8 60.7   61.47 61.4 62.0   65.36 65.0 65.7
 """
 
-TABLE_3 = """
-ufm-10            1.5   1.5   1.5   1.6
+# %% ../nbs/12a_tables.ipynb #c009
+#| code-fold: true
+TABLE_3 = """ufm-10            1.5   1.5   1.5   1.6
 ufm-100           1.7   1.7   1.7  10.7
 ufm-200           1.7   1.7   1.8  70.3
 ufm-1000          1.9   1.9   2.9   N/A
@@ -62,7 +63,7 @@ cifar100-resnet50 2.6   2.6   2.7  18.9
 imagenet-resnet50 27.5  27.2  27.8  N/A
 """
 
-# %% ../nbs/12a_tables.ipynb #c009
+# %% ../nbs/12a_tables.ipynb #c011
 #| code-fold: true
 class Cell(NamedTuple):
     "The median of several seeds, with the range."
@@ -81,7 +82,7 @@ class Cell(NamedTuple):
         spread = f" [{self.least:.1f}, {self.greatest:.1f}]" if self.seeds > 1 else ""
         return f"{self.median:.2f}{spread} ({self.seeds})"
 
-# %% ../nbs/12a_tables.ipynb #c012
+# %% ../nbs/12a_tables.ipynb #c014
 #| code-fold: true
 def _compared(experiment):
     "The methods in the paper's three columns, for one row of Tables 1 and 2."
@@ -110,15 +111,21 @@ def _title(experiment):
 
 _TITLES = {e: _title(e) for _, e, _, _ in PAPER}
 
-# %% ../nbs/12a_tables.ipynb #c016
+# %% ../nbs/12a_tables.ipynb #c018
 #| code-fold: true
 _FREE = {"method", "seed", "epochs", "every", "at", "dense", "precision"}
 
+def _base(name):
+    "The known experiment that a run belongs to, itself or as a variant with a tag; None for any other."
+    known = [e for e in EXPERIMENTS if f"{name}-".startswith(f"{e}-")]
+    return max(known, key=len, default=None)
+
 def _deviations(exp):
-    "{field: value} where a stored description is not what its experiment's name stands for."
-    if exp["name"] not in EXPERIMENTS: return {}
-    usual = EXPERIMENTS[exp["name"]].as_json
-    return {k: v for k, v in exp.items() if k in usual and k not in ("method", "seed") and v != usual[k]}
+    "{field: value} where a stored description is not what its experiment stands for."
+    if _base(exp["name"]) is None: return {}
+    usual = EXPERIMENTS[_base(exp["name"])].as_json
+    own = ("name", "method", "seed")
+    return {k: v for k, v in exp.items() if k in usual and k not in own and v != usual[k]}
 
 def _stems(rows):
     "experiment/method-sSEED of each row."
@@ -135,7 +142,7 @@ def _accuracy(rows, split, experiment, method, epoch):
     here = (rows.experiment == experiment) & (rows.method == method) & (rows.epoch == epoch)
     return Cell.of(100*rows[here][f"{split}_top1"])
 
-# %% ../nbs/12a_tables.ipynb #c018
+# %% ../nbs/12a_tables.ipynb #c020
 #| code-fold: true
 def accuracy_table(
     rows:pd.DataFrame, # of any experiments
@@ -153,7 +160,7 @@ def accuracy_table(
             out.append(line)
     return pd.DataFrame(out, dtype=object)
 
-# %% ../nbs/12a_tables.ipynb #c022
+# %% ../nbs/12a_tables.ipynb #c024
 #| code-fold: true
 def _order(cells, least=False):
     "The methods of {method: Cell} by their medians, best first: 'a > b = c'."
@@ -196,7 +203,7 @@ def verdict_table(
         out.append(line)
     return pd.DataFrame(out)
 
-# %% ../nbs/12a_tables.ipynb #c026
+# %% ../nbs/12a_tables.ipynb #c028
 #| code-fold: true
 _HEADS_3 = {"standard": "standard", "fixed": "fixed", "nearest-no-ddn": "nearest w/o DDN",
             "nearest": "nearest"}

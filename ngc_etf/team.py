@@ -16,7 +16,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Recorder
 from torch import Tensor, nn
 
-from .procrustes import at_least_float32
+from .solvers import at_least_float32
 
 # %% ../nbs/10d_team.ipynb #c006
 #| code-fold: true
@@ -34,7 +34,7 @@ def join_team(
         atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size(), device
 
-# %% ../nbs/10d_team.ipynb #c009
+# %% ../nbs/10d_team.ipynb #c010
 #| code-fold: true
 class _SumOverAll(torch.autograd.Function):
     "The sum over all processes; so is its gradient."
@@ -85,7 +85,7 @@ def share_norms(
             m.__class__ = SharedBatchNorm
     return net
 
-# %% ../nbs/10d_team.ipynb #c013
+# %% ../nbs/10d_team.ipynb #c014
 #| code-fold: true
 class Share(Callback):
     "The gradient of the whole batch's mean loss, from this process's share."

@@ -1,13 +1,14 @@
 "The commands as a shell sees them: exit status, one line of complaint, nothing half-written."
 
 import os, signal, subprocess, sys, time
+from pathlib import Path
 import pandas as pd
 import pytest
 
 from ngc_etf.experiment import EXPERIMENTS, METHODS, get_experiment
 from ngc_etf.rows import Rows
 from ngc_etf.runner import run
-from ngc_etf.rows import load_rows
+from ngc_etf.reading import load_rows
 from ngc_etf.report import report_main
 from ngc_etf.command import train_main
 
@@ -212,6 +213,76 @@ def test_ctrl_c_as_a_shell_sends_it(tmp_path):
     p.send_signal(signal.SIGINT)
     assert "stopped; the same command goes on" in p.communicate()[1] and p.returncode == 130
     assert ckpt.exists()
+
+
+def test_sigterm_ends_a_run_politely(tmp_path, monkeypatch, capsys):
+    "Status 143 and one sentence; the last checkpoint is whole, and the signal means again what it meant."
+    from ngc_etf.agd import AGD
+
+    step, count = AGD.step, []
+
+    def stopped(self, *a, **k):
+        count.append(1)
+        if len(count) == 30:  # in the second epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *a, **k)
+
+    monkeypatch.setattr(AGD, "step", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as e:
+        train_main([*digits("--out", str(tmp_path))])
+    assert e.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1] == "ngc_train: stopped; the same command goes on from the last epoch"
+    rows = Rows(get_experiment("digits-net", epochs=3, method="fixed"), tmp_path)
+    assert rows.epoch == 1 and rows.last_checkpoint()["epoch"] == 1
+    assert not rows.lock.exists() and not list(tmp_path.rglob("*.part"))
+    monkeypatch.setattr(AGD, "step", step)
+    train_main([*digits("--out", str(tmp_path))])
+    assert rows.done
+
+
+def children(parent):
+    "The processes that a process has started."
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's list of children")
+@pytest.mark.parametrize(
+    "sent, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, -1), (signal.SIGKILL, -9)]
+)
+def test_no_child_outlives_its_parent(sent, status, tmp_path):
+    "However the parent ends; the children leave whole files, and the same command goes on."
+    argv = ["--suite", "demo", "--method", "fixed", "--seeds", "1", "--epochs", "2000", "--device", "cpu"]
+    argv += ["--jobs", "2", "--out", str(tmp_path)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    p = subprocess.Popen([sys.executable, "-c", TRAIN, *argv], env=env, stderr=subprocess.PIPE, text=True)
+    while len(list(tmp_path.rglob("*.lock"))) < 2 and p.poll() is None:
+        time.sleep(0.1)
+    time.sleep(1)
+    started = children(p.pid)
+    assert len(started) == 2 and p.poll() is None
+    p.send_signal(sent)
+    said = p.communicate()[1]
+    assert p.returncode == status
+    if status > 0:  # the parent has waited
+        assert not any(map(is_alive, started)) and "stopped; the same command goes on" in said
+    end = time.time() + 60
+    while any(map(is_alive, started)) and time.time() < end:
+        time.sleep(0.1)
+    assert not any(map(is_alive, started))
+    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("*.lock"))
+    for path in tmp_path.rglob("*.ckpt"):
+        exp = get_experiment(path.parent.name, method="fixed", epochs=2000)
+        assert Rows(exp, tmp_path).last_checkpoint()["epoch"] >= 1
 
 
 def test_a_terminal_that_cannot_show_it(tmp_path):

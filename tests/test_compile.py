@@ -104,6 +104,7 @@ KINDS = [
     (FixedETFHead, dict(detach_mean=True), 20),
     (NearestETFHead, dict(ddn_grad=False), 20),
     (NearestETFHead, dict(lag=True), 20),
+    (NearestETFHead, dict(solve_first=False, delta=0.5), 20),
     (NearestETFHead, dict(alpha=0.2, validate=False, start="haar"), 20),
 ]
 

@@ -3,16 +3,19 @@
 import os
 import subprocess
 import sys
+from importlib import import_module
 
 import pandas as pd
 import pytest
 import torch
 
-from ngc_etf import cost, kernels
-from ngc_etf.cost import _neighbours, busy_rows, cost_main, methods_rows
+from ngc_etf import cost, kernels, memory, overhead, timings
+from ngc_etf.cost import cost_main
 from ngc_etf.figures import step_times
-from ngc_etf.kernels import _dense_bytes, memory_rows, peak_bytes
+from ngc_etf.kernels import _dense_bytes, _exponent, peak_bytes, scaling_rows
+from ngc_etf.memory import memory_rows
 from ngc_etf.tables import _read_cost, memory_table
+from ngc_etf.timings import _neighbours, busy_rows, methods_rows
 
 
 def fails(*argv):
@@ -25,8 +28,10 @@ def test_each_command_says_what_it_does(capsys):
     with pytest.raises(SystemExit):
         cost_main(["--help"])
     words = capsys.readouterr().out
-    for name in ("solver", "adjoint", "step", "methods", "busy", "memory", "data", "runner"):
+    for name, (module, _) in cost._COMMANDS.items():
         assert name in words
+        assert callable(getattr(import_module(f"ngc_etf.{module}"), f"{name}_rows"))
+    assert len(cost._COMMANDS) == 9
 
 
 def test_what_is_wrong_is_named():
@@ -43,7 +48,7 @@ def test_rows_carry_the_kind_of_machine_and_files_its_name(tmp_path, monkeypatch
         "One row."
         return [row]
 
-    monkeypatch.setitem(cost._COMMANDS, "memory", counted)
+    monkeypatch.setattr(memory, "memory_rows", counted)
     cost_main(["memory", "--out", str(tmp_path / "cost")])
     (path,) = (tmp_path / "cost").iterdir()
     assert path.name.startswith("memory-") and path.suffix == ".csv"
@@ -54,6 +59,30 @@ def test_rows_carry_the_kind_of_machine_and_files_its_name(tmp_path, monkeypatch
     other = rows.assign(gb=0.7)
     other.to_csv(tmp_path / "cost" / "memory-another-machine.csv", index=False)
     assert len(_read_cost(tmp_path, "memory")) == 2
+
+
+def test_one_cell_measured_again_leaves_the_others(tmp_path, monkeypatch):
+    ms = {"ufm-10": 1.0, "ufm-100": 2.0}
+
+    def timed(quick, device, rounds, cells=tuple(ms)):
+        "A row a cell."
+        return [{"cell": cell, "method": "nearest", "forward_ms": ms[cell]} for cell in cells]
+
+    monkeypatch.setattr(timings, "methods_rows", timed)
+    cost_main(["methods", "--out", str(tmp_path)])
+    ms["ufm-100"] = 3.0
+    cost_main(["methods", "--cells", "ufm-100", "--out", str(tmp_path)])
+    (path,) = tmp_path.iterdir()
+    assert pd.read_csv(path).set_index("cell").forward_ms.to_dict() == {"ufm-10": 1.0, "ufm-100": 3.0}
+
+
+def test_growth_is_fitted_over_d_and_over_C():
+    assert _exponent([10, 20, 40], [3.0, 12.0, 48.0]) == pytest.approx(2)
+    rows = pd.DataFrame(scaling_rows(quick=True, rounds=1))
+    assert set(rows.along) == {"d", "C"} and set(rows.what) == {"forward", "backward", "product"}
+    for (along, _), series in rows.groupby(["along", "what"]):
+        fitted = _exponent(series[along], series.ms)
+        assert len(series) == 3 and series.exponent.iloc[0] == pytest.approx(fitted)
 
 
 def test_the_gradient_adds_next_to_no_memory():
@@ -75,7 +104,7 @@ def test_peak_bytes_counts_what_lives_at_once():
 
 
 def test_methods_of_a_cell_step_by_step(monkeypatch):
-    monkeypatch.setattr(cost, "_dense_ms", lambda d, C, device: 1e6)
+    monkeypatch.setattr(timings, "_dense_ms", lambda d, C, device: 1e6)
     rows = pd.DataFrame(methods_rows(quick=True, rounds=2))
     assert len(rows) == 8 and set(rows.step) == {1, 2}
     paper = rows[rows.method == "nearest, paper"]
@@ -86,9 +115,9 @@ def test_methods_of_a_cell_step_by_step(monkeypatch):
 
 
 def test_a_jacobian_that_does_not_fit_is_not_built(monkeypatch):
-    monkeypatch.setattr(cost, "_memory_at_hand", lambda device: 1e6)
-    monkeypatch.setattr(cost, "_dense_backward_seconds", lambda *a: pytest.fail("built"))
-    assert pd.isna(cost._dense_ms(512, 100, "cpu"))
+    monkeypatch.setattr(timings, "_memory_at_hand", lambda device: 1e6)
+    monkeypatch.setattr(timings, "_dense_backward_seconds", lambda *a: pytest.fail("built"))
+    assert pd.isna(timings._dense_ms(512, 100, "cpu"))
 
 
 def children():
@@ -105,19 +134,19 @@ def test_neighbours_end_with_the_block():
 
 def test_neighbours_end_with_their_parent():
     "Also where it is gone before they have begun: none is left spinning."
-    spin = f"[sys.executable, '-c', {cost._SPIN!r}, str(os.getpid())]"
+    spin = f"[sys.executable, '-c', {timings._SPIN!r}, str(os.getpid())]"
     code = f"import os, subprocess, sys; subprocess.Popen({spin}, stdout=2, stderr=subprocess.DEVNULL)"
     child = subprocess.Popen([sys.executable, "-c", code + ".pid"], stderr=subprocess.PIPE)
     child.communicate(timeout=30)  # ends when the last process that holds the pipe has ended
 
 
 def test_busy_rows_leave_the_threads_as_they_were(monkeypatch):
-    monkeypatch.setattr(cost, "_busy_calls", lambda device: {"nothing": int})
+    monkeypatch.setattr(timings, "_busy_calls", lambda device: {"nothing": int})
     before = torch.get_num_threads()
     rows = pd.DataFrame(busy_rows(quick=True, rounds=1))
     assert list(rows.with_threads) == [1, 2] and torch.get_num_threads() == before
 
 
 def test_public_names_are_few():
-    for module in (cost, kernels):
+    for module in (cost, kernels, memory, overhead, timings):
         assert len(module.__all__) <= 10

@@ -171,22 +171,23 @@ def test_other_hardware_takes_rank_0s_direction(kind, tmp_path):
         assert torch.allclose(mine, theirs, rtol=0, atol=1e-5) and mine.norm() > 1e-3
 
 
-def haar(d, C):
-    return NearestETFHead(
-        d,
-        C,
-        start=haar_direction(
-            d, C, generator=torch.Generator().manual_seed(dist.get_rank() if dist.is_initialized() else 0)
-        ),
-    )
+def haar(d, C, **kw):
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    start = haar_direction(d, C, generator=torch.Generator().manual_seed(rank))
+    return NearestETFHead(d, C, start=start, **kw)
 
 
-def test_a_start_of_its_own_on_each_rank(tmp_path):
+def haar_unsolved(d, C):
+    return haar(d, C, solve_first=False)
+
+
+@pytest.mark.parametrize("kind", [haar, haar_unsolved])
+def test_a_start_of_its_own_on_each_rank(kind, tmp_path):
     "Each process draws another Haar direction: all take that of rank 0, as one process that starts there."
     sizes = (16, 16)
-    ranks = run(sizes, haar, tmp_path)
+    ranks = run(sizes, kind, tmp_path)
     identical(ranks)
-    one = Net(haar, torch.float64)
+    one = Net(kind, torch.float64)
     train(one, joined(sizes, torch.float64, True))
     close(one.state_dict(), ranks[0]["state"], 1e-5)
 

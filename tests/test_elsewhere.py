@@ -47,30 +47,32 @@ def test_nothing_is_imported_before_it_is_used():
         "onnxscript",
         "torchmetrics",
     }
-    code = f"import sys, ngc_etf.swap, ngc_etf.elsewhere as e; found = {late} & set(sys.modules); "
+    modules = "ngc_etf.swap, ngc_etf.lightning, ngc_etf.elsewhere as e"
+    code = f"import sys, {modules}; found = {late} & set(sys.modules); "
     assert python(code + "print(sorted(found), e.__all__)").stdout.startswith("[] ['feed_labels'")
 
 
 @pytest.mark.parametrize(
     "package, extra, use",
     [
-        ("lightning", "lightning", "e.ETFModule"),
-        ("lightning", "lightning", "e.ETFCallback()"),
+        ("lightning", "lightning", "l.ETFModule"),
+        ("lightning", "lightning", "l.ETFCallback()"),
         ("onnxscript", "onnx", "e.to_onnx(NearestETFHead(4, 3), torch.zeros(2, 4), 'never.onnx')"),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(package, extra, use):
-    imports = "import torch, ngc_etf.elsewhere as e; from ngc_etf.heads import NearestETFHead"
+    modules = "torch, ngc_etf.elsewhere as e, ngc_etf.lightning as l"
+    imports = f"import {modules}; from ngc_etf.heads import NearestETFHead"
     done = python(f"import sys; sys.modules['{package}'] = None; {imports}; {use}")
     message = f"this needs {package}, which is not installed: pip install 'ngc_etf[{extra}]'"
     assert f"ImportError: {message}" in done.stderr
 
 
 def test_other_names_do_not_exist():
-    import ngc_etf.elsewhere
+    import ngc_etf.lightning
 
     with pytest.raises(AttributeError, match="ETFModel"):
-        ngc_etf.elsewhere.ETFModel
+        ngc_etf.lightning.ETFModel
 
 
 def create(name, **kw):
@@ -381,7 +383,7 @@ def theirs(L, step=None, d=8):
 
 @pytest.mark.parametrize("kw", [{}, {"accumulate_grad_batches": 3}, {"precision": "bf16-mixed"}], ids=str)
 def test_lightning_callback_continues_bit_for_bit(lightning, tmp_path, kw):
-    from ngc_etf.elsewhere import ETFCallback
+    from ngc_etf.lightning import ETFCallback
 
     etf = lambda: ETFCallback(verbose=False, solve_every=3 if "accumulate_grad_batches" in kw else 1)
     whole, part, rest = (theirs(lightning) for _ in range(3))
@@ -399,7 +401,7 @@ def test_lightning_callback_continues_bit_for_bit(lightning, tmp_path, kw):
 
 
 def test_lightning_module_is_kept_whole_in_checkpoint_and_pickle(lightning, tmp_path):
-    from ngc_etf.elsewhere import ETFModule
+    from ngc_etf.lightning import ETFModule
 
     torch.manual_seed(0)
     model = ETFModule(body(), NearestETFHead(8, 4), adam)
@@ -427,7 +429,7 @@ class Named(Dataset):
 
 
 def test_lightning_labels_projection_and_refusals(lightning, tmp_path, capsys):
-    from ngc_etf.elsewhere import ETFCallback
+    from ngc_etf.lightning import ETFCallback
 
     narrow, named = theirs(lightning, d=3), DataLoader(Named(), batch_size=16)
     trainer(lightning, tmp_path, 1, ETFCallback(project=True, labels=lambda batch: batch["y"])).fit(
@@ -447,7 +449,7 @@ def test_lightning_labels_projection_and_refusals(lightning, tmp_path, capsys):
 
 
 def test_lightning_labels_are_taken_back_after_an_error(lightning, tmp_path):
-    from ngc_etf.elsewhere import ETFCallback
+    from ngc_etf.lightning import ETFCallback
 
     def step(self, i):
         assert self.net[2].targets is not None
@@ -502,7 +504,7 @@ def is_head(layer):
 
 @pytest.mark.parametrize("configure", [True, False], ids=["configure_model", "setup"])
 def test_layers_made_in_hooks_are_waited_for(lightning, tmp_path, configure):
-    from ngc_etf.elsewhere import ETFCallback
+    from ngc_etf.lightning import ETFCallback
 
     model = late(lightning, configure)
     trainer(lightning, tmp_path, 1, ETFCallback(verbose=False)).fit(model, DATA, DATA)
@@ -518,7 +520,7 @@ def test_layers_made_in_hooks_are_waited_for(lightning, tmp_path, configure):
 def test_averages_in_either_order(lightning, tmp_path, order, kind, make):
     import lightning.pytorch.callbacks as known
 
-    from ngc_etf.elsewhere import ETFCallback
+    from ngc_etf.lightning import ETFCallback
 
     if not hasattr(known, kind):
         pytest.skip(f"this Lightning has no {kind}")
@@ -537,7 +539,7 @@ def test_averages_in_either_order(lightning, tmp_path, order, kind, make):
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_outside_fit_a_classifier_stays(lightning, tmp_path, stage):
-    from ngc_etf.elsewhere import ETFCallback
+    from ngc_etf.lightning import ETFCallback
 
     model = late(lightning)
     trainer(lightning, tmp_path, 1).fit(model, DATA)
@@ -556,7 +558,7 @@ def test_outside_fit_a_classifier_stays(lightning, tmp_path, stage):
 @pytest.mark.parametrize("d", [8, 3])
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_outside_fit_a_checkpoint_finds_its_head(lightning, tmp_path, stage, d):
-    from ngc_etf.elsewhere import ETFCallback
+    from ngc_etf.lightning import ETFCallback
 
     etf = lambda: ETFCallback(verbose=False, project=True)
     model = theirs(lightning, d=d)
@@ -586,7 +588,7 @@ class TwoTasks(nn.Module):
 @pytest.mark.parametrize("source", ["loader", "module", "datamodule"])
 def test_the_look_at_lightnings_data(lightning, tmp_path, source):
     "The layer that makes the logits, and no random number used up."
-    from ngc_etf.elsewhere import ETFCallback
+    from ngc_etf.lightning import ETFCallback
 
     def shuffled():
         return DataLoader(TensorDataset(X, Y), 16, shuffle=True, generator=torch.Generator().manual_seed(1))
@@ -613,7 +615,7 @@ def test_the_look_at_lightnings_data(lightning, tmp_path, source):
 
 
 def test_lightning_data_says_how_many_classes(lightning, tmp_path):
-    from ngc_etf.elsewhere import ETFCallback
+    from ngc_etf.lightning import ETFCallback
 
     class Data(lightning.LightningDataModule):
         num_classes = 3

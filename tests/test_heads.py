@@ -15,7 +15,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.checkpoint import checkpoint
 
 import ngc_etf.procrustes as procrustes
+import ngc_etf.solvers as solvers
 from ngc_etf.heads import FixedETFHead, NearestETFHead, StandardHead
+from ngc_etf.nearest import nearest_etf
+from ngc_etf.simplex import haar_direction
 
 N, D, C = 24, 16, 6
 HEADS = [StandardHead, FixedETFHead, NearestETFHead]
@@ -325,7 +328,7 @@ class NothingIsRead(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("ddn_grad", [True, False])
 def test_no_host_synchronisation_in_the_step(solve_every, ddn_grad, monkeypatch):
     "A GPU's path through the step, taken on the CPU: its solver and adjoint, its checks left out."
-    monkeypatch.setattr(procrustes, "_deferred", lambda P: True)
+    monkeypatch.setattr(solvers, "_deferred", lambda P: True)
     monkeypatch.setattr(procrustes, "_spectrum", lambda P, U: ((U.mT @ P + P.mT @ U) / 2, None))
     monkeypatch.setattr(
         procrustes, "polar_vjp", lambda U, S, V, v: procrustes._polar_vjp_products(U, S, v)
@@ -620,7 +623,7 @@ class NoFloat64(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("Head", HEADS)
 def test_a_device_without_float64(Head, monkeypatch):
-    monkeypatch.setattr(procrustes, "_wide", lambda X: X)  # there: the CPU's float64
+    monkeypatch.setattr(solvers, "_wide", lambda X: X)  # there: the CPU's float64
     with NoFloat64():
         head, y = Head(D, C), torch.arange(N) % C
         for _ in range(3):
@@ -669,6 +672,36 @@ def test_lag_uses_earlier_batches_only():
         assert torch.allclose(*grads, atol=1e-6)  # no stream through the solution
         prompt(h, y)
         assert torch.allclose(late.weight, prompt.weight, atol=1e-6)  # ready for the next batch
+
+
+@pytest.mark.parametrize("lag", [False, True])
+@pytest.mark.parametrize("ddn_grad", [False, True])
+def test_solve_first_off_takes_the_start_as_the_first_proximal_direction(lag, ddn_grad):
+    y, h = torch.arange(N) % C, torch.randn(N, D)
+    how = dict(delta=0.5, start=haar_direction(D, C), lag=lag, ddn_grad=ddn_grad)
+    heads = {b: NearestETFHead(D, C, solve_first=b, **how) for b in (True, False)}
+    start = how["start"]
+    means = copy.deepcopy(heads[True].means)
+    for solve_first, head in heads.items():
+        x = head.features(h)
+        H = copy.deepcopy(means)(x, y)[0]
+        prox = nearest_etf(H, start=start) if solve_first else start
+        leaf = h.clone().requires_grad_()
+        head(leaf, y).square().sum().backward()
+        assert torch.allclose(head.U_prox, nearest_etf(H, prox, 0.5), atol=1e-6)
+        assert leaf.grad.isfinite().all()
+    assert not torch.allclose(heads[True].U_prox, heads[False].U_prox, atol=1e-3)
+
+
+def test_solve_first_matters_at_the_first_step_only():
+    "A head loaded after its first step goes on the same way, whatever the switch says."
+    heads = [NearestETFHead(D, C, delta=0.5, solve_first=solve_first) for solve_first in (True, False)]
+    y = torch.arange(N) % C
+    heads[0](torch.randn(N, D), y)
+    heads[1].load_state_dict(heads[0].state_dict())
+    for _ in range(3):
+        h = torch.randn(N, D)
+        assert torch.equal(heads[0](h, y), heads[1](h, y))
 
 
 def test_the_authors_fixed_head_detaches_the_mean():

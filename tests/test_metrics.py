@@ -19,7 +19,7 @@ from torchmetrics import MetricCollection
 
 from ngc_etf import evaluation as E
 from ngc_etf import metrics as M
-from ngc_etf import procrustes as P
+from ngc_etf import solvers as P
 from ngc_etf import streaming as S
 from ngc_etf.evaluation import measure_collapse
 from ngc_etf.floor import cross_entropy_bound, cross_entropy_floor

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from threadpoolctl import threadpool_limits
 
-from ngc_etf import lapack, procrustes
+from ngc_etf import lapack, procrustes, solvers
 from ngc_etf.means import ValueCheck
 from ngc_etf.nearest import SOLVERS, nearest_etf
 from ngc_etf.procrustes import polar, polar_vjp
@@ -224,10 +224,10 @@ def test_products_only_adjoint(dtype, tol):
 @pytest.mark.parametrize("dtype,kappa,tol", [(torch.float32, 1e3, 1e-3), (F64, 1e6, 1e-8)])
 def test_newton_schulz_fixed_schedule(monkeypatch, dtype, kappa, tol):
     "The number of steps fixed in advance is enough, without looking at the device."
-    monkeypatch.setattr(procrustes, "_deferred", lambda P: True)
+    monkeypatch.setattr(solvers, "_deferred", lambda P: True)
     s = torch.logspace(0, -np.log10(kappa), 8, dtype=F64)
     Q, V = haar(40, 8), haar(8, 8, 2)
-    U = procrustes._newton_schulz(((Q * s) @ V.T).to(dtype))[0]
+    U = solvers._newton_schulz(((Q * s) @ V.T).to(dtype))[0]
     assert (U - Q @ V.T).abs().max() < tol
     assert (U.T @ U - torch.eye(8)).abs().max() < tol
 
@@ -252,16 +252,16 @@ def test_matmul_precision_is_kept_and_restored():
     plain, seen = nearest_etf(H, U_prox), []
     torch.set_float32_matmul_precision("medium")
     try:
-        solve = procrustes._SOLVE["svd"]
-        procrustes._SOLVE["svd"] = lambda P: (
-            seen.extend(m.fp32_precision for m in procrustes._matmuls()),
+        solve = solvers._SOLVE["svd"]
+        solvers._SOLVE["svd"] = lambda P: (
+            seen.extend(m.fp32_precision for m in solvers._matmuls()),
             solve(P),
         )[1]
         nearest_etf(H, U_prox, solver="svd")
         assert torch.equal(nearest_etf(H, U_prox), plain)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
-        procrustes._SOLVE["svd"] = solve
+        solvers._SOLVE["svd"] = solve
         torch.set_float32_matmul_precision("highest")
     assert set(seen) <= {"ieee"}
 
@@ -328,7 +328,7 @@ def test_fallback_warns_once(monkeypatch, solver):
 def test_a_non_finite_result_is_no_answer(monkeypatch):
     H, U_prox = means(12, 3), haar(12, 3)
     monkeypatch.setattr(lapack, "_warned", set())
-    monkeypatch.setitem(procrustes._SOLVE, "svd", lambda P: (P * float("nan"), None, None))
+    monkeypatch.setitem(solvers._SOLVE, "svd", lambda P: (P * float("nan"), None, None))
     with pytest.warns(RuntimeWarning, match="non-finite result"):
         U = nearest_etf(H, U_prox, solver="svd")
     assert U.isfinite().all()
@@ -338,7 +338,7 @@ def test_out_of_memory_is_not_swallowed(monkeypatch):
     def oom(P):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setitem(procrustes._SOLVE, "svd", oom)
+    monkeypatch.setitem(solvers._SOLVE, "svd", oom)
     with pytest.raises(torch.OutOfMemoryError):
         nearest_etf(means(12, 3), haar(12, 3), solver="svd")
 
@@ -363,8 +363,8 @@ class Played(ValueCheck):
 
 def test_late_verdict_on_the_input(monkeypatch):
     "The logic of a GPU's checks: nothing is read at the call, the verdict comes later."
-    monkeypatch.setattr(procrustes, "_deferred", lambda P: True)
-    monkeypatch.setattr(procrustes, "_late", Played())
+    monkeypatch.setattr(solvers, "_deferred", lambda P: True)
+    monkeypatch.setattr(solvers, "_late", Played())
     H, U_prox = means(12, 3), haar(12, 3)
     good = nearest_etf(H, U_prox, solver="newton_schulz")
     assert (good - nearest_etf(H, U_prox, solver="svd")).abs().max() < 1e-10
@@ -373,8 +373,8 @@ def test_late_verdict_on_the_input(monkeypatch):
     nearest_etf(bad, U_prox, solver="newton_schulz")
     with pytest.raises(ValueError, match=r"in an earlier batch, H \(or U_prox\) had non-finite entries"):
         nearest_etf(H, U_prox)
-    procrustes._late.raise_late()  # a NaN is no reason to give the solver up
-    assert procrustes._AUTO["cuda"] == "newton_schulz"
+    solvers._late.raise_late()  # a NaN is no reason to give the solver up
+    assert solvers._AUTO["cuda"] == "newton_schulz"
     nearest_etf(bad, U_prox, solver="newton_schulz", validate=False)
     nearest_etf(H, U_prox, solver="newton_schulz")
 
@@ -382,22 +382,22 @@ def test_late_verdict_on_the_input(monkeypatch):
 def test_late_verdict_on_the_result_switches_auto(monkeypatch):
     late = Played()
     late.done = False
-    monkeypatch.setattr(procrustes, "_late", late)
-    monkeypatch.setattr(procrustes, "_AUTO", dict(procrustes._AUTO))
+    monkeypatch.setattr(solvers, "_late", late)
+    monkeypatch.setattr(solvers, "_AUTO", dict(solvers._AUTO))
     monkeypatch.setattr(lapack, "_warned", set())
-    procrustes._check_result(haar(12, 3), 2 * haar(12, 3))
+    solvers._check_result(haar(12, 3), 2 * haar(12, 3))
     late.raise_late()
-    assert len(late.pending) == 1 and procrustes._AUTO["cuda"] == "newton_schulz"
+    assert len(late.pending) == 1 and solvers._AUTO["cuda"] == "newton_schulz"
     late.done = True
     with pytest.warns(RuntimeWarning, match="had not converged"):
         late.raise_late()
-    assert not late.pending and procrustes._AUTO["cuda"] == "gram"
+    assert not late.pending and solvers._AUTO["cuda"] == "gram"
 
 
 def test_newton_schulz_says_when_it_did_not_converge():
     P = haar(8, 3) * torch.tensor([1.0, 1.0, 0.0], dtype=F64)
     with pytest.raises(RuntimeError, match="did not converge"):
-        procrustes._newton_schulz(P)
+        solvers._newton_schulz(P)
 
 
 H, U_PROX = means(20, 5), haar(20, 5)

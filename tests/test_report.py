@@ -10,13 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ngc_etf.claims import CLAIMS, _decaying_alpha, judge, read_evidence, sentences
+from ngc_etf.claims import CLAIMS, _constant_rate, _decaying_alpha, _stable_start, judge, sentences
 from ngc_etf.experiment import EXPERIMENTS, Experiment, get_experiment
-from ngc_etf.figures import curve, floor_of, panels, save_figure
+from ngc_etf.figures import curve, panels, save_figure
 from ngc_etf.floor import cross_entropy_floor
-from ngc_etf.outcomes import coverage, summary, sweep_table
+from ngc_etf.outcomes import coverage, floor_of, summary, sweep_table
 from ngc_etf.report import report_main, write_tables
-from ngc_etf.rows import check_rows, load_rows
+from ngc_etf.reading import check_rows, load_rows
+from ngc_etf.rules import read_evidence
 from ngc_etf.tables import _TITLES, PAPER, _compared, _verdict, accuracy_table, verdict_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -417,10 +418,95 @@ def test_robust_in_delta(tmp_path, slow, outcome):
     assert verdicts.verdict["robust in δ"] == outcome and verdicts.seeds["robust in δ"] == 3
 
 
-@pytest.mark.parametrize("constant, outcome", [(9, "holds"), (3, "fails")])
+@pytest.mark.parametrize("constant, outcome", [(9, "holds"), (3, "fails"), (5, "untested")])
 def test_decaying_alpha(tmp_path, constant, outcome):
+    "Where every value arrives at the same epoch there is nothing to judge."
     sweep(tmp_path, "alpha", {"paper": 5, 0.1: constant})
     assert _decaying_alpha(read_evidence(tmp_path)).outcome == outcome
+
+
+def free_features(folder, paces, seeds=3):
+    "Three heads on free features: {size: epochs to 99% of standard, fixed and nearest}."
+    for name, epochs in paces.items():
+        for method, pace in zip(("standard", "fixed", "nearest"), epochs):
+            for seed in range(1 if name == "ufm-1000" else seeds):
+                top1 = np.where(np.arange(1, 21) < pace, 0.5, 1.0)
+                exp = get_experiment(name, method=method, seed=seed, epochs=20)
+                store(folder, exp, top1=top1, C=int(name.split("-")[1]))
+
+
+THREE_SIZES = {"ufm-10": (4, 2, 1), "ufm-100": (8, 3, 1), "ufm-200": (12, 6, 2)}
+
+
+@pytest.mark.parametrize(
+    "change, outcome",
+    [
+        ({}, "holds"),
+        ({"ufm-200": (12, 6, 3)}, "fails"),  # three times as many
+        ({"ufm-200": (12, 6, 99)}, "fails"),  # never
+        ({"ufm-200": (99, 6, 2)}, "holds"),  # a rival never
+        ({"ufm-200": (12, 4, 2)}, "fails"),  # a rival grows no more
+        ({"ufm-100": (8, 3, 3), "ufm-200": (12, 6, 1)}, "fails"),  # slower in between
+        ({"ufm-1000": (15, 9, 15)}, "holds"),  # one seed: named, not counted
+    ],
+)
+def test_constant_rate(tmp_path, change, outcome):
+    free_features(tmp_path, THREE_SIZES | change)
+    verdict = _constant_rate(read_evidence(tmp_path))
+    assert verdict.outcome == outcome and verdict.seeds == 3
+    named = "not counted, epochs in ufm-1000 (seeds: 1): standard 15, fixed 9, nearest 15"
+    assert (named in verdict.words) == ("ufm-1000" in change)
+
+
+def test_constant_rate_needs_three_sizes_of_three_seeds(tmp_path):
+    free_features(tmp_path / "two", {n: THREE_SIZES[n] for n in ("ufm-10", "ufm-100")})
+    assert _constant_rate(read_evidence(tmp_path / "two")).outcome == "untested"
+    free_features(tmp_path / "thin", THREE_SIZES, seeds=2)
+    verdict = _constant_rate(read_evidence(tmp_path / "thin"))
+    assert verdict.outcome == "untested" and "the most is 2 in ufm-10 to ufm-200" in verdict.words
+
+
+def starts(folder, widths):
+    "Evidence of {(data, start, solve first): spread of the losses, seeds}."
+    spread, first = {}, {}
+    for (data, start, solve), (width, seeds) in widths.items():
+        for seed in range(seeds):
+            tag = f"{start}-{solve}"
+            exp = get_experiment(data, tag=tag, seed=seed, epochs=30, start=start)
+            store(folder, exp, C=int(data.split("-")[1]))
+            spread[exp.name], first[exp.stem] = width, solve
+    evidence = read_evidence(folder)
+    for stem, solve in first.items():
+        evidence.about[stem]["experiment"]["solve_first"] = solve
+    evidence.rows["train_loss"] += evidence.rows.seed * evidence.rows.experiment.map(spread)
+    return evidence
+
+
+@pytest.mark.parametrize("without, outcome", [(0.02, "holds"), (0.0105, "fails"), (0.005, "fails")])
+def test_solving_6_first_is_the_more_stable(tmp_path, without, outcome):
+    pair = {("ufm-10", "canonical", False): (without, 5), ("ufm-10", "canonical", True): (0.01, 5)}
+    verdict = _stable_start(starts(tmp_path, pair))
+    assert verdict.outcome == outcome and verdict.seeds == 5
+
+
+def test_either_start_and_every_size_counts(tmp_path):
+    "And a range over five seeds is not held against one over three."
+    widths = {
+        ("ufm-10", "canonical", False): (0.02, 5),
+        ("ufm-10", "canonical", True): (0.01, 3),
+        ("ufm-10", "haar", False): (0.01, 3),
+        ("ufm-10", "haar", True): (0.01, 5),
+        ("ufm-100", "canonical", False): (0.03, 3),
+        ("ufm-100", "canonical", True): (0.01, 3),
+    }
+    verdict = _stable_start(starts(tmp_path, widths))
+    assert verdict.outcome == "fails" and verdict.effect == pytest.approx(2) and verdict.seeds == 3
+    assert verdict.words.endswith("(median of 3 experiments); not so in ufm-10 start=haar")
+
+
+def test_without_such_runs_the_start_is_untested(tmp_path):
+    one = {("ufm-10", "canonical", True): (0.01, 5), ("ufm-10", "haar", True): (0.01, 5)}
+    assert _stable_start(starts(tmp_path, one)).outcome == "untested"
 
 
 def three_heads(folder, nearest, seeds=3, name="cifar10-resnet18"):

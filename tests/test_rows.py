@@ -10,9 +10,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import ngc_etf.files as files_module
 import ngc_etf.rows as rows_module
 from ngc_etf.experiment import Experiment, get_experiment
-from ngc_etf.rows import Rows, check_rows, load_rows, read_runs
+from ngc_etf.reading import check_rows, load_rows, read_runs
+from ngc_etf.rows import Rows
 
 RESULTS = Path(__file__).parent.parent / "results"
 RUNS = sorted(p for p in RESULTS.rglob("*.json") if p.with_suffix(".csv").exists())
@@ -111,7 +113,7 @@ def test_a_file_system_without_locks(name, tmp_path, monkeypatch):
     def flock(*args):
         raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
 
-    monkeypatch.setattr(rows_module.fcntl, "flock", flock)
+    monkeypatch.setattr(files_module.fcntl, "flock", flock)
     rows = Rows(get_experiment("ufm-10"), tmp_path)
     with pytest.warns(UserWarning, match="cannot be locked on this file system .* without a lock"):
         with rows.locked():

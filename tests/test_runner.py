@@ -1,6 +1,6 @@
 "The runner around a run: suites, folders, clusters, trackers, dry runs, processes, full disks, versions."
 
-import importlib.util, json, os, shutil, subprocess, sys
+import importlib.util, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pandas as pd
@@ -12,9 +12,11 @@ from ngc_etf.rows import Rows
 from ngc_etf.team import SharedBatchNorm
 from ngc_etf import rows as rows_module
 from ngc_etf.experiment import get_experiment, suite_cells
-from ngc_etf.runner import OutOfTime, run
+from ngc_etf.machine import OutOfTime
+from ngc_etf.runner import run
 from ngc_etf.command import named_cells, train_main, train_parser
 from ngc_etf.suite import estimate, to_do
+from ngc_etf import suite
 from test_data import tree
 
 TRAIN = "from ngc_etf.command import train_main; train_main()"
@@ -321,6 +323,33 @@ def test_dry_runs_need_no_data(tmp_path, capsys):
     assert said.count("nearest-s0") == 4 and "images/s" in said and not list(tmp_path.rglob("*"))
 
 
+def test_a_suite_says_how_long_it_will_take(tmp_path, capsys):
+    "Before it starts; the rows are those of a run without it, and what cannot be timed does not stop it."
+    command = ["--suite", "long-tail", "--method", "nearest", "--device", "cpu", "--precision", "fp32"]
+    with pytest.raises(SystemExit):  # the second cell's data are absent
+        train_main([*command, "--epochs", "2", "--out", str(tmp_path), "--data", str(tmp_path / "none")])
+    said = capsys.readouterr().out.splitlines()
+    assert re.match(r"2 cells: about [\d.]+ (seconds|minutes|hours) on this machine", said[0])
+    exp = get_experiment("digits-net-lt", epochs=2)
+    alone = run(exp, tmp_path / "alone", device="cpu", progress=False)
+    one, two = (pd.read_csv(r.csv).drop(columns="seconds") for r in (alone, Rows(exp, tmp_path)))
+    pd.testing.assert_frame_equal(one, two, check_exact=True)
+
+
+def test_a_forecast_counts_what_is_left(tmp_path, monkeypatch):
+    "Cells that cannot be timed are left out by number; an advanced cell counts for its rest only."
+    monkeypatch.setattr(suite, "_seconds_each", lambda exp, *a: None if exp.large else (1.0, 0.0))
+    cells = suite_cells("table1", methods=["fixed"], epochs=1, at=(), every=10**6)
+    assert "1 of 7 cells are not in it" in suite.forecast(cells, tmp_path)
+    assert suite.forecast(cells[-1:], tmp_path).startswith("no estimate")
+    exp = get_experiment("digits-net", epochs=10, method="fixed", at=(), every=10**6)
+    assert suite.forecast([exp], tmp_path).startswith("about 4 hours")
+    rows = Rows(exp, tmp_path)
+    rows.append(9, train_loss=1.0)
+    rows.save()
+    assert suite.forecast([exp], tmp_path).startswith("about 24 minutes")
+
+
 def test_an_estimate_follows_the_sizes():
     short, long = (
         estimate(get_experiment("digits-net", epochs=e, every=10**6, batch_size=32), device="cpu", n=1)
@@ -586,7 +615,7 @@ def test_provenance_is_ours_or_none(tmp_path, monkeypatch):
     [
         {"optimizer": "adamw", "schedule": "onecycle", "lr": 0.01},
         {"optimizer": "sgd", "lr": 0.1},
-        {"alpha": "cumulative", "start": "haar", "scale_free": True},
+        {"alpha": "cumulative", "start": "haar", "scale_free": True, "solve_first": False},
     ],
 )
 def test_variants_run_and_resume(changes, tmp_path, monkeypatch):
@@ -614,6 +643,39 @@ def test_variants_run_and_resume(changes, tmp_path, monkeypatch):
         one, two = (pd.read_csv(r.csv).drop(columns="seconds") for r in (whole, rows))
         pd.testing.assert_frame_equal(one, two, check_exact=True)
         assert rows.stored()["name"] == f"{name}-variant"
+
+
+BUDGET = ["--experiment", "digits-net", "--epochs", "3", "--device", "cpu", "--budget", "1h", "--out"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "An unbroken run on images."
+    folder = tmp_path_factory.mktemp("whole")
+    train_main([*BUDGET, str(folder)])
+    return folder
+
+
+@pytest.mark.parametrize("when", [0, 23, 40])
+def test_a_budget_costs_no_row(when, whole, tmp_path, monkeypatch, capsys):
+    "Stopped in the first batch, after the first epoch or within the second, and given again: the same rows."
+    asked = []
+
+    def late(deadline, ahead=0.0):
+        asked.append(deadline)
+        return len(asked) == when + 1
+
+    with monkeypatch.context() as m:
+        m.setattr("ngc_etf.loops._late", late)
+        train_main([*BUDGET, str(tmp_path)])
+    assert "out of time" in capsys.readouterr().out and len(asked) == when + 1
+    rows = Rows(get_experiment("digits-net", epochs=3), tmp_path)
+    assert not rows.done and rows.epoch == (when + 1) // 24 and not rows.lock.exists()
+    train_main([*BUDGET, str(tmp_path)])
+    one, two = (rows_of(folder, "digits-net/nearest-s0") for folder in (whole, tmp_path))
+    pd.testing.assert_frame_equal(one, two, check_exact=True)
+    one, two = (Rows(rows.exp, folder).margins.read_bytes() for folder in (whole, tmp_path))
+    assert one == two
 
 
 def test_where_the_compiler_refuses_the_head_the_body_is_compiled(tmp_path, monkeypatch):

@@ -19,21 +19,22 @@ def imported(code):
     return done.stdout.splitlines()[-1].split(), done.stderr
 
 
-@pytest.mark.parametrize("module", ["catalogue", "experiment", "machine", "command"])
+@pytest.mark.parametrize("module", ["catalogue", "experiment", "machine", "files", "command", "cost"])
 def test_names_and_numbers_need_python_alone(module):
     assert imported(f"import ngc_etf.{module}") == ([], "")
 
 
-@pytest.mark.parametrize("module", ["rows", "suite"])
+@pytest.mark.parametrize("module", ["rows", "suite", "jobs", "reading"])
 def test_rows_are_read_without_torch(module):
     assert imported(f"import ngc_etf.{module}") == (["pandas"], "")
 
 
-def command(*argv):
+def command(*argv, main="command.train_main"):
+    module, function = main.split(".")
     return f"""
-from ngc_etf.command import train_main
+from ngc_etf.{module} import {function}
 try:
-    train_main({list(argv)!r})
+    {function}({list(argv)!r})
 except SystemExit as e:
     assert not e.code, e.code
 """
@@ -42,6 +43,25 @@ except SystemExit as e:
 def test_help_and_list_import_nothing_heavy():
     assert imported(command("--help")) == ([], "")
     assert imported(command("--list")) == ([], "")
+    assert imported(command("--help", main="cost.cost_main")) == ([], "")
+    assert imported(command("solver", "--help", main="cost.cost_main")) == ([], "")
+    found, said = imported(command("--help", main="report.report_main"))
+    assert found == ["pandas"] and said == ""
+
+
+@pytest.mark.parametrize(
+    "argv, unneeded",
+    [
+        (["solver", "--quick", "--rounds", "1"], {"fastai", "torchvision"}),
+        (["memory", "--quick"], {"pymanopt"}),
+        (["data", "--quick"], {"pymanopt"}),
+    ],
+)
+def test_costs_are_taken_without_what_they_do_not_measure(argv, unneeded):
+    "And nobody's FutureWarning is shown."
+    found, said = imported(command(*argv, main="cost.cost_main"))
+    assert not unneeded & {*found}
+    assert "FutureWarning" not in said
 
 
 def test_the_list_of_what_is_done_imports_no_torch(tmp_path):

@@ -10,9 +10,10 @@ import torchvision
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from ngc_etf.classifier import last_linear
 from ngc_etf.heads import Head, NearestETFHead
 from ngc_etf.simplex import centring
-from ngc_etf.swap import _swap_for_data, last_linear, swap_head
+from ngc_etf.swap import _swap_for_data, swap_head
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 D, C = 8, 3
