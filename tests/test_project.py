@@ -101,6 +101,17 @@ def test_readme_is_the_index():
     project.readme(ROOT, check=True)
 
 
+def test_readme_reads_raw_and_on_github():
+    "Lines of 110 characters at most, and code of 90, as wide as GitHub's boxes; every chapter is linked."
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```\w*\n(.*?)```", text, flags=re.S)
+    code = [line for block in blocks for line in block.splitlines()]
+    code += re.findall(r"^ {4}(.*)$", text, flags=re.M)
+    assert [line for line in text.splitlines() if len(line) > 110] == []
+    assert [line for line in code if len(line) > 90] == []
+    assert [p for p in project.notebooks() if p != "index.ipynb" and f"(nbs/{p})" not in text] == []
+
+
 def test_every_notebook_is_in_the_sidebar():
     project.check_listed(ROOT)
 
