@@ -13,16 +13,32 @@ cfg = config["DEFAULT"]
 if cfg["license"] != "apache2":
     raise SystemExit("setup.py knows only the Apache-2.0 license")
 
+readme = (here / "README.md").read_text(encoding="utf-8")
+pictures = cfg["git_url"].replace("github.com", "raw.githubusercontent.com") + f"/{cfg['branch']}/nbs/images/"
+pages = f"{cfg['git_url']}/blob/{cfg['branch']}/nbs/"
+readme = readme.replace("](nbs/images/", f"]({pictures}").replace("](nbs/", f"]({pages}")  # read elsewhere
+
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description=readme,
     long_description_content_type="text/markdown",
     keywords=cfg["keywords"].split(),
     author=cfg["author"],
     author_email=cfg["author_email"],
     url=cfg["git_url"],
+    project_urls={
+        "Documentation": cfg["doc_host"] + cfg["doc_baseurl"],
+        "Issues": cfg["git_url"] + "/issues",
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        f"Intended Audience :: {cfg['audience']}",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+        *(f"Programming Language :: Python :: {v}" for v in cfg["python_tested"].split()),
+    ],
     license="Apache-2.0",
     packages=find_packages(include=[cfg["lib_name"], cfg["lib_name"] + ".*"]),
     include_package_data=True,

@@ -34,7 +34,11 @@ pre, pre code {{ font-size: .82rem; }}
 API = "api.md"  # the page of public names, written here
 
 
-WIDE = {"bar": "overline", "tilde": "widetilde", "hat": "widehat"}  # at text size the narrow ones look alike
+ACCENTS = {  # as they come, and as wide as their letter: short bars and short tildes look alike
+    '<mo stretchy="false">\u00af</mo>': '<mo stretchy="true">\u203e</mo>',  # bar
+    '<mo stretchy="true">\u0332</mo>': '<mo stretchy="true">\u203e</mo>',  # overline
+    '<mo stretchy="false">\u02dc</mo>': '<mo stretchy="true">~</mo>',  # tilde
+}
 
 
 class Problem(Exception):
@@ -134,14 +138,15 @@ def mathml(page, s):
     def one(m):
         kind, tex = m[1], html.unescape(m[2])
         tex = re.sub(r"^\\[(\[]|\\[)\]]$", "", tex).strip()
-        for short, wide in WIDE.items():
-            tex = re.sub(rf"\\{short}(?![a-zA-Z])", rf"\\{wide}", tex)
         if r"\tag" in tex:
             tex = rf"\begin{{equation}}{tex}\end{{equation}}"
         try:
-            return f'<span class="math {kind}">{convert(tex, displaystyle=kind == "display")}</span>'
+            math = convert(tex, displaystyle=kind == "display")
         except LatexError as e:
             raise Problem(f"{page}: cannot set the equation {tex!r}: {e}") from None
+        for narrow, wide in ACCENTS.items():
+            math = math.replace(narrow, wide)
+        return f'<span class="math {kind}">{math}</span>'
 
     s = re.sub(r'<span class="math (inline|display)">(.*?)</span>', one, s, flags=re.S)
     return re.sub(r'<(link|script)[^>]*\bkatex@[^>]*>(</script>)?\s*', "", s)
@@ -189,9 +194,9 @@ title: Public names
 description: Every name of the package, and the page that says what it takes, gives and refuses.
 ---
 
-Each name is imported from the package itself, `from ngc_etf import nearest_etf`, and loads only what it needs.
-A name's link leads to its entry: shapes, units, errors and the equation are there, and around it the lessons that
-use it. After the name come its parameters, those with a default in brackets.
+Each name is imported from the package itself, `from ngc_etf import nearest_etf`, and loads only what it
+needs. A name's link leads to its entry: shapes, units, errors and the equation are there, and around it the
+lessons that use it. After the name come its parameters, those with a default in brackets.
 """
 
 
@@ -314,6 +319,40 @@ def docs(root=ROOT):
 # ---- README.md
 
 
+def chapters(root=ROOT):
+    "The list of the book's parts and chapters for README.md, which has no sidebar: lines of 110 characters."
+    config = yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))
+    lines = ["## Chapters", ""]
+
+    def part(section):
+        inner = [x for x in section["contents"] if isinstance(x, dict)]
+        pages = [x for x in section["contents"] if isinstance(x, str) and x.endswith(".ipynb")]
+        line = f"- **{section['section']}**:"
+        for i, page in enumerate(pages):
+            title = first_line(root / "nbs" / page)
+            word = f"[{numbered(page, title)}](nbs/{page})" + ("," if i < len(pages) - 1 else "")
+            if len(line) + len(word) < 109:
+                line += f" {word}"
+            else:
+                lines.append(line)
+                line = f"  {word}"
+        lines.append(line)
+        for section in inner:
+            part(section)
+
+    for x in config["website"]["sidebar"]["contents"]:
+        if isinstance(x, dict):
+            part(x)
+    return "\n".join(lines)
+
+
+def first_line(notebook):
+    "The title of a notebook that nbdev has not processed."
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    text = next("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    return text.splitlines()[0].removeprefix("# ")
+
+
 def readme_text(root=ROOT):
     "README.md as `nbs/index.ipynb` has it, with links and pictures that work from the top of the repository."
     from execnb.nbio import read_nb
@@ -342,6 +381,7 @@ def readme_text(root=ROOT):
         raise Problem(f"nbs/index.ipynb stores a picture in an output; GitHub shows only files: {where}")
     s = f"# {front['title']}\n\n> {front['description']}\n\n{body}"
     s = re.sub(r"(\]\(|src=\")(?=(?:images/|[\w./-]+\.ipynb))", r"\1nbs/", s)
+    s = s.replace("<!-- chapters -->", chapters(root))
     for link in re.findall(r"(?:\]\(|src=\")(nbs/[^)\"#]+)", s):
         if not (root / link).exists():
             raise Problem(f"README.md would link to {link}, which does not exist")

@@ -24,16 +24,23 @@ def run(*command, cwd, **more):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    "A wheel of what git knows here, built in a copy."
-    top, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory):
+    "A copy of what git knows here and a package is made of."
+    top = tmp_path_factory.mktemp("source")
     wanted = ("ngc_etf", "settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
     for name in filter(None, run("git", "ls-files", "-z", *wanted, cwd=ROOT).split("\0")):
         if (ROOT / name).exists():
             (top / name).parent.mkdir(parents=True, exist_ok=True)
             (top / name).write_bytes((ROOT / name).read_bytes())
-    build = (sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, top)
-    run(*build, cwd=top)
+    return top
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    "A wheel, built from the copy."
+    out = tmp_path_factory.mktemp("wheel")
+    options = ("-q", "--no-deps", "--no-build-isolation", "-w", out)
+    run(sys.executable, "-m", "pip", "wheel", *options, source, cwd=source)
     return next(out.glob("*.whl"))
 
 
@@ -55,6 +62,19 @@ def test_the_wheel_holds_the_package_and_its_types(wheel):
     modules = {f"ngc_etf/{p.name}" for p in (ROOT / "ngc_etf").glob("*.py")}
     assert modules <= set(names) and "ngc_etf/py.typed" in names
     assert not [n for n in names if n.startswith(("tests/", "nbs/", "results/"))]
+
+
+def test_twine_takes_wheel_and_source(source, tmp_path):
+    "Both archives are built, and their metadata and README can be shown by an index."
+    for tool in ("build", "twine"):
+        pytest.importorskip(tool, reason=f"{tool} is not installed; the extra dev brings it")
+    run(sys.executable, "-m", "build", "-q", "--no-isolation", "-o", tmp_path, source, cwd=source)
+    made = sorted(tmp_path.iterdir())
+    assert [p.suffix for p in made] == [".whl", ".gz"]
+    run(sys.executable, "-m", "twine", "check", "--strict", *made, cwd=tmp_path)
+    metadata = next(n for n in zipfile.ZipFile(made[0]).namelist() if n.endswith("/METADATA"))
+    text = zipfile.ZipFile(made[0]).read(metadata).decode()
+    assert "Programming Language :: Python :: 3.11" in text and "](nbs/" not in text
 
 
 def test_a_stranger_trains_and_reports(stranger, tmp_path):

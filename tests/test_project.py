@@ -101,6 +101,17 @@ def test_readme_is_the_index():
     project.readme(ROOT, check=True)
 
 
+def test_readme_reads_raw_and_on_github():
+    "Lines of 110 characters at most, and code of 90, as wide as GitHub's boxes; every chapter is linked."
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```\w*\n(.*?)```", text, flags=re.S)
+    code = [line for block in blocks for line in block.splitlines()]
+    code += re.findall(r"^ {4}(.*)$", text, flags=re.M)
+    assert [line for line in text.splitlines() if len(line) > 110] == []
+    assert [line for line in code if len(line) > 90] == []
+    assert [p for p in project.notebooks() if p != "index.ipynb" and f"(nbs/{p})" not in text] == []
+
+
 def test_every_notebook_is_in_the_sidebar():
     project.check_listed(ROOT)
 
@@ -123,11 +134,12 @@ def test_a_missing_page_and_a_forgotten_one_are_named(tmp_path):
 
 
 def test_equations_become_mathml_or_an_error():
-    inline, display = r"\(a &lt; \tilde H\)", r"\[x \tag{6}\]"
+    inline, display = r"\(a &lt; \tilde H, \bar H\)", r"\[x \tag{6}\]"
     page = '<link href="https://cdn/katex@1/katex.css">'
     page += f'<span class="math inline">{inline}</span> <span class="math display">{display}</span>'
     out = project.mathml("p.html", page)
     assert out.count("<math") == 2 and "&lt;" in out and "(6)" in out and "katex" not in out
+    assert '<mo stretchy="true">~</mo>' in out and '<mo stretchy="true">\u203e</mo>' in out
     with pytest.raises(project.Problem, match=r"p.html.*\\nonsense"):
         project.mathml("p.html", r'<span class="math inline">\(\nonsense\)</span>')
 
