@@ -120,6 +120,7 @@ def test_what_becomes_of_the_output(use):
 )
 def test_an_output_that_no_layer_makes_is_refused(use):
     model = Net(use, rot=fc(), fc=fc())
+    model.fc.bias.data.copy_(torch.tensor([-9.0, 9.0, 0.0]))  # so that a ReLU has something to cut off
     with pytest.raises(ValueError, match=r"no linear layer makes the output of Net.*rot \(d=8, C=3\), fc"):
         last_linear(model, example=X)
 
