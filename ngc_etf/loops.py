@@ -104,13 +104,13 @@ class _Watch(Callback):
     "Set the learning rate, show one bar, stop in time."
     order = Recorder.order + .5
     def __init__(self,
-        rows:Rows,      # where they go
-        net:Network,    # what is trained
-        loaders:dict,   # "train", "train_eval", "test"
-        begun:int=0,    # epochs done before
-        seconds:float=0., # that they took
-        progress:bool=True,
-        deadline=None,  # as `time.time()` counts
+        rows:Rows,          # the run's files
+        net:Network,        # what is trained
+        loaders:dict,       # "train", "train_eval", "test"
+        begun:int=0,        # epochs done before
+        seconds:float=0.,   # that they took
+        progress:bool=True, # show a bar, on a terminal
+        deadline=None,      # as `time.time()` counts
     ):
         self.rows, self.exp, self.net, self.loaders = rows, rows.exp, net, loaders
         self.begun, self.done, self.earlier, self.progress = begun, begun, seconds, progress and rows.write
