@@ -52,7 +52,7 @@ def _list(layers:dict)->str:
     sizes = {n: _size(m) for n, m in layers.items()}
     return ", ".join(f"{n or 'the top'} (d={s[0]}, C={s[1]})" for n, s in sizes.items()) or "none"
 
-# %% ../nbs/05a_classifier.ipynb #c011
+# %% ../nbs/05a_classifier.ipynb #c012
 class _CannotRun(ValueError):
     "The model does not run on the example."
 
@@ -80,7 +80,7 @@ def _call(model, example):
     args = example if isinstance(example, tuple) else (example,)
     return model(*_two(dict(enumerate(args))).values())
 
-# %% ../nbs/05a_classifier.ipynb #c012
+# %% ../nbs/05a_classifier.ipynb #c013
 def _note(calls, name, flipped, module, args, output):
     "A forward hook: what `name` puts out, and whether it stays as it is; changed if it is to be flipped."
     calls.pop(name, None)
@@ -114,7 +114,7 @@ def _watch(
             m.training = mode
     return calls
 
-# %% ../nbs/05a_classifier.ipynb #c014
+# %% ../nbs/05a_classifier.ipynb #c015
 def _tensors(out)->list:
     "The tensors of a model's output, in order; the field `logits` alone where there is one."
     if isinstance(out, Tensor): return [out]
@@ -141,7 +141,7 @@ def _makers(calls:dict, out:Tensor)->list:
     equal = [n for n, z in alike.items() if torch.equal(z.flatten().to(out), out.flatten())]
     return equal or [n for n, z in kept.items() if _is_derived(z, out)]
 
-# %% ../nbs/05a_classifier.ipynb #c015
+# %% ../nbs/05a_classifier.ipynb #c016
 def _runner(model:nn.Module)->nn.Module:
     "What to call: the model, or the one part with linear layers of a model that has no forward of its own."
     forward = type(model).forward
@@ -164,7 +164,7 @@ def _trace(model:nn.Module, at:str, example)->dict: # {name: layer}
             return {n: layers[n] for n in names}
     return {}
 
-# %% ../nbs/05a_classifier.ipynb #c019
+# %% ../nbs/05a_classifier.ipynb #c020
 _NO_LAYER = (nn.Identity, nn.Flatten, nn.Dropout, _Loss)
 _CLASSIFIERS = {"fc", "classifier", "head", "heads"}
 
@@ -193,7 +193,7 @@ def _feeds(name:str, child:nn.Module, ends:dict, later:list)->bool:
         if _entry(m) in outputs and (numbered or not parallel): return True
     return False
 
-# %% ../nbs/05a_classifier.ipynb #c020
+# %% ../nbs/05a_classifier.ipynb #c021
 def _ends(name:str, module:nn.Module)->dict: # {name: layer}, the likeliest last
     "The layers that may make a module's output, by its structure; a last one that is no classifier, alone."
     if _size(module) is not None: return {name: module}
@@ -214,7 +214,7 @@ def _ends(name:str, module:nn.Module)->dict: # {name: layer}, the likeliest last
         rivals |= {} if _feeds(n, m, theirs, children[i+1:]) else theirs
     return rivals | ends
 
-# %% ../nbs/05a_classifier.ipynb #c023
+# %% ../nbs/05a_classifier.ipynb #c025
 def _part(model:nn.Module, at:str)->nn.Module:
     "The submodule of that name; a `ValueError` that lists what there is."
     try:

@@ -7,6 +7,7 @@ __all__ = ['cost_main']
 
 # %% ../nbs/13_cost.ipynb #c003
 import argparse
+import os
 import re
 import sys
 from importlib import import_module
@@ -86,6 +87,7 @@ def _check(args):
 
 def _measure(args):
     "Take the rows of a command, print them, and keep them where asked."
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler complains where no GPU is
     _check(args)
     import pandas as pd
     import torch

@@ -46,7 +46,7 @@ def direction(
     if start in known: return known[start](d, C).contiguous()
     raise ValueError(f"a direction must be one of {', '.join(known)} or a ({d}, {C}) tensor, got {start!r}")
 
-# %% ../nbs/04c_directed.ipynb #c010
+# %% ../nbs/04c_directed.ipynb #c011
 def _counts(tensors):
     "Each tensor and how often it was changed in place; None where torch does not count (inference tensors)."
     if any(t.is_inference() for t in tensors): return None
@@ -69,7 +69,7 @@ def _rows(U):
     "W (C, d), the simplex ETF of U, row by row in memory: product and gradient are three times faster so."
     return simplex_etf(U.shape[1], U=U).mT.contiguous()
 
-# %% ../nbs/04c_directed.ipynb #c011
+# %% ../nbs/04c_directed.ipynb #c013
 class _DirectedHead(Head):
     "A head whose W is the simplex ETF of the direction in the buffer U_prox."
     def __init__(self, U:Tensor, means:nn.Module, tau:float=5.):
@@ -125,7 +125,7 @@ class _DirectedHead(Head):
     def __getstate__(self):
         return super().__getstate__() | {"_sealed": None}
 
-# %% ../nbs/04c_directed.ipynb #c017
+# %% ../nbs/04c_directed.ipynb #c019
 class _AboutMean(torch.autograd.Function):
     "z = W (x - h_G) for the mean h_G of x, and a W that is given."
     @staticmethod

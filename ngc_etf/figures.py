@@ -182,6 +182,7 @@ def _bars(cost, ax):
                 bar = ax.bar(f"{initial}/{what}", here[column].median(), **look)
                 ax.bar_label(bar, fmt=_milliseconds, fontsize=_POINTS)
     ax.set_yscale("log")
+    ax.yaxis.set_minor_formatter("")  # each bar has its number
     if not ax.patches:
         _not_run(ax)
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# %% ../nbs/00a_lapack.ipynb #c007
+# %% ../nbs/00a_lapack.ipynb #c006
 _norm = torch.linalg.vector_norm
 
 @lru_cache(64)
@@ -131,11 +131,12 @@ def svd(
 def _right_eigh(S, factors):
     w, V = factors
     x, size = _probe(S.shape[-1], S)
-    image, size = V @ (w[..., None] * (V.mT @ x)), size * _norm(S)
-    def lower():
-        L = S.tril()
-        return L @ x + L.mT @ x - S.diagonal(dim1=-2, dim2=-1)[..., None] * x
-    return (_equal(image, S @ x, size) or _equal(image, lower(), size)) and _orthonormal(V)
+    c = V.mT @ x
+    if not _equal(V @ c, x, size): return False
+    image, size = V @ (w[..., None] * c), size * _norm(S)
+    if _equal(image, S @ x, size): return True
+    L = S.tril()  # what LAPACK has read
+    return _equal(image, L @ x + L.mT @ x - S.diagonal(dim1=-2, dim2=-1)[..., None] * x, size)
 
 def eigh(
     S:Tensor, # (..., n, n), symmetric
@@ -161,7 +162,7 @@ def qr(
     routes = {"torch.linalg.qr": usual, "one thread": _one_thread(usual), "scipy's qr": other}
     return _first_right("the QR decomposition", (A,), routes, _right_qr)
 
-# %% ../nbs/00a_lapack.ipynb #c024
+# %% ../nbs/00a_lapack.ipynb #c025
 def _right_solution(A, B, X):
     x, _ = _probe(B.shape[-1], B)
     Xx, Bx = X @ x, B @ x
@@ -177,7 +178,7 @@ def solve(
     routes = {"torch.linalg.solve": usual, "one thread": _one_thread(usual), "scipy's solve": other}
     return _first_right("the solution", (A, B), routes, _right_solution)
 
-# %% ../nbs/00a_lapack.ipynb #c025
+# %% ../nbs/00a_lapack.ipynb #c027
 def _right_inverse(S, X):
     return _right_solution(S, torch.eye(S.shape[-1], dtype=S.dtype, device=S.device), X)
 

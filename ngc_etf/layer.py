@@ -47,7 +47,7 @@ class _OnSphere(torch.autograd.Function):
             parts.append(g_scale * scale**2 * x / -ctx.tau**2)
         return sum(parts[1:], parts[0]) if parts else None, None
 
-# %% ../nbs/04b_layer.ipynb #c010
+# %% ../nbs/04b_layer.ipynb #c011
 class _Pass:
     "What a forward pass began with: enough to repeat it."
     def __init__(self, x, y, state):
@@ -70,7 +70,7 @@ class _Owner(torch.autograd.Function):
     def backward(ctx, g):
         return g, None
 
-# %% ../nbs/04b_layer.ipynb #c012
+# %% ../nbs/04b_layer.ipynb #c013
 def _in_backward()->bool:
     "Whether autograd is walking a graph back: a forward pass now is the repetition of an earlier one."
     return torch._C._current_graph_task_id() != -1
@@ -83,7 +83,7 @@ def _is_checkpointed()->bool:
         frame = frame.f_back
     return frame is not None
 
-# %% ../nbs/04b_layer.ipynb #c014
+# %% ../nbs/04b_layer.ipynb #c015
 _NO_SUCH_PASS = (
     "a head's forward runs inside a backward pass, but repeats none of its earlier passes (other features or "
     "labels, or a checkpointing that is not torch.utils.checkpoint): keep preserve_rng_state=True, or leave "
@@ -117,7 +117,7 @@ class _Passes:
         alive[near[0]].repeated = True
         return alive[near[0]]
 
-# %% ../nbs/04b_layer.ipynb #c016
+# %% ../nbs/04b_layer.ipynb #c017
 class _Repeatable(Stateful):
     "A module with a state whose training pass may be repeated inside a backward pass."
     _needs_past = False  # whether the pass depends on the state that it begins with
@@ -158,7 +158,7 @@ class _Repeatable(Stateful):
     def __getstate__(self):
         return self.__dict__ | {"_passes": _Passes()}
 
-# %% ../nbs/04b_layer.ipynb #c022
+# %% ../nbs/04b_layer.ipynb #c023
 @torch.library.custom_op("ngc_etf::once", mutates_args=())
 def _once(X:Tensor)->Tensor:
     "A copy of X; an error where a compiled forward pass is repeated."
@@ -172,7 +172,7 @@ def _once(X:Tensor)->Tensor:
 def _(X):
     return torch.empty_like(X, memory_format=torch.contiguous_format)
 
-# %% ../nbs/04b_layer.ipynb #c024
+# %% ../nbs/04b_layer.ipynb #c025
 class _NamedState(_Repeatable):
     "A module whose state holds W and b; a state that calls them weight and bias loads if it is a head's."
     def _rename(self, state, prefix)->bool:
@@ -193,7 +193,7 @@ class _NamedState(_Repeatable):
                 f"{prefix}* of an nn.Linear, for a {type(self).__name__}: load it before the layer is "
                 "exchanged (`swap_head`); the way back from a head to plain layers is `ngc_etf.plain(model)`")
 
-# %% ../nbs/04b_layer.ipynb #c026
+# %% ../nbs/04b_layer.ipynb #c027
 class Head(_NamedState):
     "The common part: features of norm tau in, logits (N, C) out; at evaluation a linear map."
     def __init__(self, d:int, C:int, tau:float=5., normalise:bool=True):

@@ -100,9 +100,10 @@ def _label_faults(y:Tensor, C:int)->list:
     "[(ok, message)]: what must hold of the values of labels that `as_labels` has returned."
     if y.ndim == 1:
         lo, hi = y.aminmax()
-        known = y.device.type == "cpu" and not torch.compiler.is_compiling()
-        found = f", got {lo} to {hi}" if known else ""
-        return [((lo >= 0) & (hi < C), f"labels must lie in 0..{C-1}{found}")]
+        fine = (lo >= 0) & (hi < C)
+        readable = y.device.type == "cpu" and not torch.compiler.is_compiling()
+        found = f", got {lo} to {hi}" if readable and not fine else ""
+        return [(fine, f"labels must lie in 0..{C-1}{found}")]
     tolerance = max(1e-3, torch.finfo(y.dtype).eps)
     mass = y.sum(1, dtype=torch.promote_types(y.dtype, torch.float32))
     return [
@@ -171,7 +172,7 @@ def _(ok, message):
 _NON_FINITE = "features have non-finite entries: NaN or infinity came out of the body"
 
 def _checked_sums(h, y, C, check):
-    "`class_sums` of a batch whose values are checked; zeros where a wrong value is told late."
+    "`class_sums` of a batch whose values are checked; zeros where a wrong value is reported late."
     verdicts = [check(ok, message) for ok, message in _label_faults(y, C)]
     late = verdicts[0] is not None
     if late:

@@ -12,7 +12,7 @@ from torch.library import Library, register_fake, register_vmap
 
 from .simplex import canonical_direction
 
-# %% ../nbs/03_proximal.ipynb #c007
+# %% ../nbs/03_proximal.ipynb #c006
 def procrustes_target(
     H:Tensor,           # (d, C) normalised centred class means H̃
     U_prox:Tensor=None, # (d, C) proximal direction; None for problem (6)
@@ -23,7 +23,7 @@ def procrustes_target(
     P = (H - H.mean(-1, keepdim=True)) * (2 / (C-1)**0.5)
     return P if U_prox is None else torch.add(P, U_prox.detach(), alpha=delta)
 
-# %% ../nbs/03_proximal.ipynb #c011
+# %% ../nbs/03_proximal.ipynb #c010
 def etf_problem(
     H,            # (d, C) array: normalised centred class means H̃
     U_prox=None,  # (d, C) array: proximal direction; None for problem (6)
@@ -45,7 +45,7 @@ def etf_problem(
     derivatives = dict(euclidean_gradient=numpy(gradient), euclidean_hessian=numpy(hessian))
     return pymanopt.Problem(manifold, numpy(cost), **derivatives)
 
-# %% ../nbs/03_proximal.ipynb #c013
+# %% ../nbs/03_proximal.ipynb #c012
 def trust_region(
     H:Tensor,              # (d, C) normalised centred class means H̃
     U_prox:Tensor=None,    # (d, C) proximal direction; None for problem (6)
@@ -68,7 +68,7 @@ def _trust_region_kernel(H, U_prox, delta, start, iterations, tolerance):
     optimiser = TrustRegions(max_iterations=iterations, min_gradient_norm=tolerance, verbosity=0)
     return torch.as_tensor(optimiser.run(problem, initial_point=host(start)).point).to(H)
 
-# %% ../nbs/03_proximal.ipynb #c015
+# %% ../nbs/03_proximal.ipynb #c013
 _SPACE = __name__.partition(".")[0].strip("_")  # the operators' namespace: "ngc_etf", or "main" in a notebook
 _library = Library(_SPACE, "FRAGMENT")
 _arguments = "Tensor H, Tensor? U_prox, float delta, Tensor start, int iterations, float tolerance"

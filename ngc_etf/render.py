@@ -133,6 +133,8 @@ _STYLE = {
 # %% ../nbs/12e_render.ipynb #c019
 #| code-fold: true
 _NARROW = {
+    "figure": {"overflow-x": "auto"},
+    "img": {"max-width": "none"},
     ".claims thead": {"display": "none"},
     ".claims tr": {"display": "block", "padding": ".5rem 0", "border-bottom": "1px solid var(--line)"},
     ".claims td": {"display": "inline", "padding": "0 .3rem 0 0", "border": "0"},

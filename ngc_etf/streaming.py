@@ -7,6 +7,7 @@ __all__ = ['NeuralCollapse']
 
 # %% ../nbs/06b_streaming.ipynb #c003
 import math
+from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
@@ -127,17 +128,13 @@ def _verdicts(rule, h, y):
     return _margins(h - h_G, y, W - W.mean(0)), _disagree(h, means, present > 0, W, b).to(h), within
 
 # %% ../nbs/06b_streaming.ipynb #c020
-def _first(parts):
-    "How processes agree on a rule: by the first one's."
-    return parts[0]
-
 class _Ruled(_Moments):
     "A rule, and the sums of the verdicts under it."
     def __init__(self, C, d, dtype, scatter, bins, **kwargs):
         super().__init__(C, d, dtype, scatter, **kwargs)
         self.bins = bins
-        for name in _RULE:
-            self.add_state(f"rule_{name}", torch.zeros(0, dtype=dtype), dist_reduce_fx=_first)
+        for name in _RULE:  # processes agree on a rule by the first one's
+            self.add_state(f"rule_{name}", torch.zeros(0, dtype=dtype), dist_reduce_fx=itemgetter(0))
         # judged samples, disagreements, sums of margins and of |T'r|²
         self.add_state("tally", torch.zeros(4, dtype=dtype), dist_reduce_fx="sum")
         self.add_state("margin_min", torch.tensor(2., dtype=dtype), dist_reduce_fx="min")

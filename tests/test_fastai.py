@@ -6,6 +6,7 @@ import socket
 import warnings
 from functools import partial
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -463,6 +464,16 @@ def test_recorder_without_validation_and_with_more_than_logits(tmp_path, etf):
         z = torch.cat([learn.model.eval()(x)[0] for x, _ in learn.dls.train])
     y = torch.cat([y for _, y in learn.dls.train])
     assert recorder.rows[1]["train_loss"] == pytest.approx(F.cross_entropy(z, y).item(), abs=1e-5)
+    drawn = learn.collapse_recorder.plot(names=("loss", "margin"))
+    assert drawn[0].lines[0].get_ydata().tolist() == [row["train_loss"] for row in recorder.rows]
+    assert len(drawn[1].lines) == 1 + etf  # a head says how many classes there are, and so the limit
+    plt.close("all")
+
+
+def test_a_recorder_without_rows_has_no_picture(tmp_path):
+    learn = learner(tmp_path, CollapseRecorder(every=1))
+    with pytest.raises(ValueError, match="rows must hold at least one row"):
+        learn.collapse_recorder.plot()
 
 
 def test_one_loader_alone(tmp_path):

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.checkpoint import checkpoint
 
+import ngc_etf.heads as heads
 import ngc_etf.procrustes as procrustes
 import ngc_etf.solvers as solvers
 from ngc_etf.heads import FixedETFHead, NearestETFHead, StandardHead
@@ -314,6 +315,55 @@ def test_long_tails():
         losses.append(step(net, opt, centres[y] + 0.3 * torch.randn(N, 8), y))
         assert off_etf(net.head.weight) < 1e-5
     assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
+
+
+GIVEN = [  # heads whose W carries no gradient at the second step
+    (FixedETFHead, {}),
+    (FixedETFHead, dict(detach_mean=True)),
+    (NearestETFHead, dict(ddn_grad=False)),
+    (NearestETFHead, dict(solve_every=2)),
+    (NearestETFHead, dict(lag=True)),
+]
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("Head, kw", GIVEN)
+def test_the_gradient_about_the_mean_is_the_chain_rules(Head, kw, soft, monkeypatch):
+    "The short backward pass of a given W, against autograd's way through the means; once and twice."
+    y = torch.arange(N) % C
+    y = torch.softmax(torch.randn(N, C).double(), 1) if soft else y
+    h = torch.randn(2, N, D, dtype=torch.float64)
+
+    def second_step(short):
+        if not short:
+            monkeypatch.setattr(heads, "_mean_is_plain", lambda y: False)
+        head = Head(D, C, **kw).double()
+        head(h[0], y)
+        leaf = h[1].clone().requires_grad_()
+        loss = F.cross_entropy(head(leaf, y), y)
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), leaf)
+        return loss.detach(), gradient.detach(), second
+
+    for short, long in zip(second_step(True), second_step(False)):
+        assert torch.allclose(short, long, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("Head, kw", GIVEN)
+def test_transforms_see_no_function_of_ours(Head, kw):
+    "Where torch.func is at work the short backward pass steps aside, and the gradient is the same."
+    y = torch.arange(N) % C
+    h, v = (torch.randn(N, k, dtype=torch.float64) for k in (D, C))
+    leaf = h.clone().requires_grad_()
+    (expected,) = torch.autograd.grad((Head(D, C, **kw).double()(leaf, y) * v).sum(), leaf)
+    head = Head(D, C, **kw).double()
+
+    def step(h):
+        state = {name: buffer.clone() for name, buffer in head.state_dict().items()}
+        return torch.func.functional_call(head, state, (h, y))
+
+    got = torch.func.vjp(step, h)[1](v)[0]
+    assert torch.allclose(got, expected, rtol=0, atol=1e-13)
 
 
 class NothingIsRead(torch.utils._python_dispatch.TorchDispatchMode):

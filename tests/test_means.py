@@ -8,6 +8,7 @@ import torch._dynamo.testing
 
 from ngc_etf.means import ValueCheck, _centre, _label_faults, as_labels, centred_means
 from ngc_etf.running import RunningGlobalMean, RunningMeans
+from test_heads import NoFloat64
 
 N, d, C = 12, 5, 4
 
@@ -267,21 +268,10 @@ def test_the_global_mean_is_one_graph(batch, fresh_compiler):
 # ---- devices
 
 
-class WithoutFloat64(torch.overrides.TorchFunctionMode):
-    "A device that has no float64, such as Apple's."
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor) and x.dtype == torch.float64:
-                raise TypeError(f"{func} made float64")
-        return out
-
-
 def test_float64_is_not_needed(batch):
     h, y = batch
     means = RunningMeans(d, C)
-    with WithoutFloat64():
+    with NoFloat64():
         for _ in range(3):
             means(h.requires_grad_(), y)[0].sum().backward()
         means.eval()(h, y)
