@@ -94,6 +94,7 @@ class Experiment(_Answers):
     start:str = "canonical"     # direction before the first step: "canonical" or "haar"
     lag:bool = False            # W from the means of the earlier batches only
     solve_first:bool = True     # the first U_prox solves problem (6); the start itself where off
+    project:bool = False        # a linear layer to C features after the body, for bodies with d < C
     scale_free:bool = False     # delta scaled with C, see `scale_free_delta`; `delta` is not read
     loss:str = "ce"             # "ce", "ntce" or "nonl"
     optimizer:str = "agd"       # "agd"; "adamw" (decay 0.01); "sgd" (momentum 0.9, decay 1e-4)
@@ -169,6 +170,7 @@ _KNOWN = [
     *(_ufm(name, name) for name in UFM),
     Experiment("ufm-10-short", "ufm-10", epochs=300, every=300, at=_log_grid(300)),
     Experiment("clusters-100", "clusters-100", "mlp", epochs=8),
+    Experiment("clusters-100-narrow", "clusters-100", "mlp-64", epochs=8, project=True),
     _digits("digits-net"),
     _digits("digits-net-lt", tail=100.),
     *(Experiment(f"{data}-{net}", data, net) for data, net in _images),

@@ -183,7 +183,10 @@ def _bars(cost, ax):
                 ax.bar_label(bar, fmt=_milliseconds, fontsize=_POINTS)
     ax.set_yscale("log")
     ax.yaxis.set_minor_formatter("")  # each bar has its number
-    if not ax.patches:
+    if ax.patches:
+        heights = [bar.get_height() for bar in ax.patches]
+        ax.set_ylim(.5 * min(heights), 1.5 * max(heights))
+    else:
         _not_run(ax)
 
 # %% ../nbs/12_figures.ipynb #c033

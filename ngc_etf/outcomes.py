@@ -33,7 +33,7 @@ def floor_of(
     from ngc_etf.floor import cross_entropy_bound, cross_entropy_floor
     exp, C = description["experiment"], description["C"]
     if exp["method"] == "standard-no-norm": return None
-    relu = exp["data"] not in UFM and exp["net"].startswith(_RELU)
+    relu = exp["data"] not in UFM and exp["net"].startswith(_RELU) and not exp.get("project")
     counts = _counts(exp, C)
     learned = counts and exp["method"].startswith("standard")
     return (cross_entropy_bound if learned else cross_entropy_floor)(C, exp["tau"], relu, counts)

@@ -79,6 +79,8 @@ def network(
     "The network of an experiment, drawn from its seed."
     torch.manual_seed(exp.seed)
     trunk, d = body(exp.net)
+    if exp.project:
+        trunk, d = nn.Sequential(trunk, nn.Linear(d, C, bias=False)), C
     net = Network(trunk, make_head(exp, d, C, **changes), exp.precision)
     return net.to(device, memory_format=torch.channels_last)
 

@@ -49,7 +49,7 @@ def _spectrum_of(head, U_prox, first):
     H = head.means.eval()(None, None)[0]
     head.means.train()
     if first:
-        U_prox = _proximal(H, U_prox, True, head.solver)
+        U_prox = _proximal(H, U_prox, True, head.solver, head.solve_first)
     s = torch.linalg.svdvals(procrustes_target(H, U_prox, head.delta).double())
     return float(s[0]), float(s[-2]), float(s[-1])
 
