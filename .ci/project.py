@@ -30,6 +30,9 @@ math[display="block"] {{ margin: 1em 0; overflow-x: auto; overflow-y: hidden; }}
 html body #quarto-content.quarto-container {{ --sd-body-width: min(62rem, 70vw); }}
 pre, pre code {{ font-size: .82rem; }}
 .sidebar-menu-container {{ font-variant-numeric: tabular-nums; }}
+div.sourceCode > pre.sourceCode:not(.cell-code) {{ padding: .6rem .9rem; }}
+table.dataframe {{ font-size: .85rem; border: 0; }}
+table.dataframe :is(td, th) {{ padding: .1rem .6rem; border: 0; text-align: right; white-space: nowrap; }}
 """
 API = "api.md"  # the page of public names, written here
 

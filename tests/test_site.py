@@ -36,7 +36,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 def address():
     "The site, served on this machine; built first unless it is newer than every notebook."
     index = SITE / "index.html"
-    newest = max(f.stat().st_mtime for f in [*ROOT.glob("nbs/*.ipynb"), ROOT / "_quarto.yml"])
+    newest = max(f.stat().st_mtime for f in [*ROOT.glob("nbs/**/*.ipynb"), ROOT / "_quarto.yml"])
     if not index.exists() or index.stat().st_mtime < newest:
         command = [sys.executable, ROOT / ".ci" / "project.py", "docs"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -85,7 +85,18 @@ def faults(browser):
         "return d.textContent"
     )
     raw = re.search(r"\$[^$\n]{0,60}\\[a-z]+|\\(?:frac|tilde|bar|top|mathbf)\b", text)
-    return found + ([f"TeX left as text: {raw[0]}"] if raw else [])
+    return found + ([f"TeX left as text: {raw[0]}"] if raw else []) + clipped(browser)
+
+
+def clipped(browser):
+    "Code that runs out of its box and cannot be scrolled to."
+    return browser.execute_script(
+        "return [...document.querySelectorAll('main pre')]"
+        ".filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0)"
+        ".filter(e => !['auto', 'scroll'].includes(getComputedStyle(e).overflowX)"
+        " && !['auto', 'scroll'].includes(getComputedStyle(e.parentElement).overflowX))"
+        ".map(e => 'code is clipped: ' + e.textContent.slice(0, 60))"
+    )
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -94,11 +105,12 @@ def test_every_page_reads_well(address, browser, width, tmp_path_factory):
     pictures.mkdir(exist_ok=True)
     narrow(browser, width)
     wrong = {}
-    for page in sorted(SITE.glob("*.html")):
-        browser.get(f"{address}/{page.name}")
+    for page in sorted(SITE.rglob("*.html")):
+        name = page.relative_to(SITE).as_posix()
+        browser.get(f"{address}/{name}")
         if found := faults(browser):
-            wrong[page.name] = found
-        browser.save_screenshot(str(pictures / f"{page.stem}.png"))
+            wrong[name] = found
+        browser.save_screenshot(str(pictures / f"{name.replace('/', '-')}.png"))
     assert wrong == {}, json.dumps(wrong, indent=1) + f"\npictures: {pictures}"
 
 
@@ -114,3 +126,52 @@ def test_search_finds_what_is_asked_for(address, browser):
     WebDriverWait(browser, 10).until(lambda b: b.find_elements(By.CSS_SELECTOR, hits))
     links = [a.get_attribute("href") for a in browser.find_elements(By.CSS_SELECTOR, hits)]
     assert any("procrustes" in x or "proximal" in x for x in links), links
+
+
+def lines_of_sidebar(browser):
+    "(text, address) of the sidebar's pages, in order."
+    script = (
+        "return [...document.querySelectorAll('#quarto-sidebar a.sidebar-link[href]')]"
+        ".map(a => [a.textContent.trim(), a.href])"
+    )
+    return browser.execute_script(script)
+
+
+def test_one_can_walk_from_page_to_page(address, browser):
+    "The tutorials come first, chapters have their numbers, and each page leads to the next of the sidebar."
+    narrow(browser, 1400)
+    browser.get(f"{address}/index.html")
+    lines = lines_of_sidebar(browser)
+    assert [text.split()[0] for text, _ in lines[1:6]] == ["1", "2", "3", "00", "00a"]
+    hrefs = [href for _, href in lines]
+    assert {f"{address}/api.html", f"{address}/security.html"} <= {*hrefs}
+    for here, onward in zip(hrefs[:5], hrefs[1:6]):
+        browser.get(here)
+        script = "return document.querySelector('.nav-page-next a').href"
+        assert browser.execute_script(script) == onward
+
+
+def test_headings_have_anchors_and_names_have_entries(address, browser):
+    "A heading links to itself; a name on the page of names leads to its entry on a chapter's page."
+    narrow(browser, 1400)
+    browser.get(f"{address}/tutorials/fastai.html")
+    script = "return [...document.querySelectorAll('main .anchored .anchorjs-link')].map(a => a.hash)"
+    assert "#a-folder-of-images" in browser.execute_script(script)
+    browser.get(f"{address}/api.html")
+    script = (
+        "return [...document.querySelectorAll('main li > a')]"
+        ".filter(a => a.textContent == 'NearestETFHead').map(a => a.href)"
+    )
+    (entry,) = browser.execute_script(script)
+    assert entry == f"{address}/heads.html#nearestetfhead"
+    browser.get(entry)
+    place = "return document.getElementById('nearestetfhead').getBoundingClientRect().top"
+    assert -50 < browser.execute_script(place) < 300
+
+
+def test_outputs_are_numbers_as_a_reader_writes_them():
+    "No np.float64(...) nor np.True_ in what a page shows."
+    pages = {p.relative_to(SITE).as_posix(): p.read_text(encoding="utf-8") for p in SITE.rglob("*.html")}
+    outputs = {name: re.findall(r"<pre><code>(.*?)</code></pre>", s, flags=re.S) for name, s in pages.items()}
+    shown = r"\bnp\.(?:float\d|int\d|uint\d|True_|False_)"
+    assert [name for name, found in outputs.items() if any(re.search(shown, out) for out in found)] == []
