@@ -51,8 +51,8 @@ def test_public_names_have_complete_type_hints(name):
 
 def test_package_says_that_it_is_typed():
     assert (ROOT / "ngc_etf" / "py.typed").is_file()
-    ignoring = [p.name for p in sorted((ROOT / "ngc_etf").glob("*.py")) if "type: ignore" in p.read_text("utf-8")]
-    assert not ignoring
+    modules = sorted((ROOT / "ngc_etf").glob("*.py"))
+    assert not [m.name for m in modules if "type: ignore" in m.read_text(encoding="utf-8")]
 
 
 def test_exceptions_for_mypy_have_a_reason_and_spare_the_core():
