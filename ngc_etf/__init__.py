@@ -50,7 +50,7 @@ _MODULES = {
     "jobs": "run_jobs Job submit",
     "command": "train_parser named_cells train_main",
     "reading": "read_runs load_rows by_experiment check_rows",
-    "streams": "STREAMS measure_streams write_streams",
+    "streams": "STREAMS measure_streams write_streams compare_ways",
     "figures": "curve show save_figure panels has_curves classes_grow step_times",
     "tables": "TABLES_1_2 TABLE_3 PAPER Cell accuracy_table verdict_table memory_table",
     "outcomes": "floor_of summary sweep_table coverage",

@@ -143,7 +143,7 @@ def write_streams(
 # %% ../nbs/11i_streams.ipynb #c023
 #| code-fold: true
 class _PaperSolution(torch.autograd.Function):
-    "Problem (7) by the trust region; its derivative by Proposition 1, dense, through the multipliers (Eq. 33)."
+    "Problem (7) by the trust region, its derivative by Proposition 1 with dense matrices (Eq. 33)."
     @staticmethod
     def forward(ctx, H, U_prox, delta):
         U = trust_region(H, U_prox, delta)
@@ -168,8 +168,8 @@ class _PaperHead(NearestETFHead):
 def compare_ways(
     steps:int,       # of training
     seed:int=0,      # of the features
-    data:str="ufm-10", # free features; the dense matrices have (dC)² entries
-)->pd.DataFrame:   # a row for each step: the loss ours and the paper's way, how far W differs (relative)
+    data:str="ufm-10", # free features; dense matrices have (dC)² entries
+)->pd.DataFrame:   # a row for each step: both losses, and the relative distance of W
     "Free features trained twice from one start: by polar factor and adjoint, and in the paper's way."
     exp = get_experiment(data, method="nearest", seed=seed)
     ours, paper = build_step(exp), build_step(exp)
