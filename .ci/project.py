@@ -273,16 +273,32 @@ def stand_alone(out, online):
     # where nbdev links a symbol to; a site that is read offline links to itself
     link = rf"\[`([^`\]]+)`\]\({re.escape(online)}[^)]*\)"  # in a signature's comments links stay text
     private = r'<a href="[^"#]*#_\w+">(<code>.*?</code>)</a>'  # a helper has no entry to lead to
-    done = {}
+    pages = {}
     for f in sorted(out.rglob("*.html")):
         name = f.relative_to(out).as_posix()
         up = "../" * name.count("/")
         page = re.sub(link, r"`\1`", mathml(name, f.read_text(encoding="utf-8")))
         page = re.sub(private, r"\1", page.replace(f'href="{online}', f'href="{up}'))
         head = f'<link rel="icon" href="data:,"><link rel="stylesheet" href="{up}site.css"></head>'
-        done[name] = page.replace("</head>", head, 1)
-        f.write_text(done[name], encoding="utf-8")
-    return done
+        pages[name] = page.replace("</head>", head, 1)
+    for name, page in methods_to_classes(out, pages).items():
+        (out / name).write_text(page, encoding="utf-8")
+        pages[name] = page
+    return pages
+
+
+def methods_to_classes(out, pages):
+    "The pages, with links to a method that has no entry of its own made links to its class."
+    found = {(out / name).resolve(): set(re.findall(r'\bid="([^"]+)"', s)) for name, s in pages.items()}
+
+    def linked(name, page):
+        def one(m):
+            ids = found.get(((out / name).parent / m[1]).resolve(), ())
+            return m[0] if m[2] in ids or m[3] not in ids else f'href="{m[1]}#{m[3]}"'
+
+        return re.sub(r'href="([^"#:?]*\.html)#((\w+)\.\w+)"', one, page)
+
+    return {name: linked(name, page) for name, page in pages.items()}
 
 
 def docs(root=ROOT):

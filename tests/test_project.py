@@ -160,6 +160,14 @@ def test_a_page_that_does_not_stand_alone(tmp_path, text, complaint):
         project.check_page(tmp_path, text, "p.html")
 
 
+def test_a_method_without_an_entry_leads_to_its_class(tmp_path):
+    pages = {"a.html": '<h3 id="net"></h3><h3 id="net.fit"></h3>', "t/b.html": ""}
+    for anchor in ("net.fit", "net.forward", "other.forward"):
+        pages["t/b.html"] += f'<a href="../a.html#{anchor}">x</a>'
+    done = project.methods_to_classes(tmp_path, pages)["t/b.html"]
+    assert re.findall(r"#([\w.]+)", done) == ["net.fit", "net", "other.forward"]
+
+
 @pytest.mark.slow
 def test_the_site_builds():
     done = subprocess.run(
