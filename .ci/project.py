@@ -29,6 +29,10 @@ math {{ font-family: "STIX Two Math", math; font-size: 1.05em; }}
 math[display="block"] {{ margin: 1em 0; overflow-x: auto; overflow-y: hidden; }}
 html body #quarto-content.quarto-container {{ --sd-body-width: min(62rem, 70vw); }}
 pre, pre code {{ font-size: .82rem; }}
+@media (min-width: 992px) and (max-width: 1560px) {{  /* lines of 110 characters fit */
+  html body #quarto-content.quarto-container {{ --sd-sidebar-width: 230px; --sd-margin-width: 180px; }}
+  pre, pre code {{ font-size: .72rem; }}
+}}
 .sidebar-menu-container {{ font-variant-numeric: tabular-nums; }}
 div.sourceCode > pre.sourceCode:not(.cell-code) {{ padding: .6rem .9rem; }}
 table.dataframe {{ font-size: .85rem; border: 0; }}
@@ -141,6 +145,7 @@ def mathml(page, s):
     def one(m):
         kind, tex = m[1], html.unescape(m[2])
         tex = re.sub(r"^\\[(\[]|\\[)\]]$", "", tex).strip()
+        tex = re.sub(r"\\\\\[[\d.]+(?:pt|em|ex)\]", r"\\\\", tex)  # it knows no distances
         if r"\tag" in tex:
             tex = rf"\begin{{equation}}{tex}\end{{equation}}"
         try:

@@ -140,6 +140,8 @@ def test_equations_become_mathml_or_an_error():
     out = project.mathml("p.html", page)
     assert out.count("<math") == 2 and "&lt;" in out and "(6)" in out and "katex" not in out
     assert '<mo stretchy="true">~</mo>' in out and '<mo stretchy="true">\u203e</mo>' in out
+    lines = r"\[\begin{aligned} a &= b \\[4pt] c &= d \end{aligned}\]"
+    assert "4pt" not in project.mathml("p.html", f'<span class="math display">{lines}</span>')
     with pytest.raises(project.Problem, match=r"p.html.*\\nonsense"):
         project.mathml("p.html", r'<span class="math inline">\(\nonsense\)</span>')
 
