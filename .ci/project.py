@@ -394,10 +394,10 @@ def readme_text(root=ROOT):
     ]
     for c in cells:
         c["source"] = re.sub(r"^#\|.*\n?", "", "".join(c["source"]), flags=re.M)
+    python = {"language_info": {"name": "python"}}  # the language of the code boxes
     body, res = MarkdownExporter().from_notebook_node(
         nbformat.reads(
-            json.dumps({"cells": cells, "metadata": nb.metadata, "nbformat": 4, "nbformat_minor": 4}),
-            as_version=4,
+            json.dumps({"cells": cells, "metadata": python, "nbformat": 4, "nbformat_minor": 4}), as_version=4
         )
     )
     if res["outputs"]:
