@@ -405,7 +405,7 @@ def readme_text(root=ROOT):
         raise Problem(f"nbs/index.ipynb stores a picture in an output; GitHub shows only files: {where}")
     s = f"# {front['title']}\n\n> {front['description']}\n\n{body}"
     s = re.sub(r"(\]\(|src=\")(?=(?:images/|[\w./-]+\.ipynb))", r"\1nbs/", s)
-    s = s.replace("<!-- chapters -->", chapters(root))
+    s = s.replace("<!-- chapters -->", chapters(root)).replace('"../results"', '"results"')
     for link in re.findall(r"(?:\]\(|src=\")(nbs/[^)\"#]+)", s):
         if not (root / link).exists():
             raise Problem(f"README.md would link to {link}, which does not exist")
