@@ -36,7 +36,7 @@ def vjp_dense_constraints(
     return 2 * (w - (mu @ A).reshape(d, C) @ S_inv) @ standard_etf(C, H.dtype, H.device)
 
 # %% ../nbs/04a_adjoint.ipynb #c011
-def vjp_one_cholesky(H, U, U_prox, delta, v):
+def vjp_one_cholesky(H:Tensor, U:Tensor, U_prox:Tensor, delta:float, v:Tensor)->Tensor:
     "Stage 2: no A; a system in the C(C+1)/2 multipliers remains. O(dC + C⁴) memory. Arguments as in stage 1."
     C = H.shape[1]
     S_inv = inverse(_block(H, U, U_prox, delta))

@@ -6,6 +6,9 @@
 __all__ = ['AGD']
 
 # %% ../nbs/07_agd.ipynb #c003
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.init import orthogonal_
@@ -61,15 +64,15 @@ def _agd_step(
 class AGD(Optimizer):
     "Automatic gradient descent (Bernstein et al. 2023) for weights of 2 or 4 dimensions; stateless."
     def __init__(self,
-        params,         # weights of shape (out, in) or (out, in, kh, kw), or groups of them
-        gain:float=1.,  # multiplies the step, positive; 10 in the paper
-        lr:float=1.,    # accepted for schedulers and fastai, not read: AGD has no learning rate
+        params:Iterable,  # weights of shape (out, in) or (out, in, kh, kw), or groups of them
+        gain:float=1.,    # multiplies the step, positive; 10 in the paper
+        lr:float=1.,      # accepted for schedulers and fastai, not read: AGD has no learning rate
     ):
         super().__init__(params, dict(lr=lr, gain=gain))
 
     def add_param_group(self,
         param_group:dict,  # as in `torch.optim.Optimizer`; a group may have its own gain
-    ):
+    )->None:
         "Add a group, refusing a gain that is not positive and any weight that AGD cannot move."
         super().add_param_group(param_group)
         gain = self.param_groups[-1]["gain"]
@@ -81,8 +84,8 @@ class AGD(Optimizer):
 
     @torch.no_grad()
     def init_weights(self,
-        generator:torch.Generator=None,  # on the CPU, for a reproducible draw
-    ):
+        generator:torch.Generator|None=None,  # on the CPU, for a reproducible draw
+    )->None:
         "Each kernel position becomes an orthogonal matrix times sv(p); frozen parameters stay as they are."
         for p in (p for g in self.param_groups for p in g["params"] if p.requires_grad):
             A = torch.empty(p.shape[2:].numel(), *p.shape[:2])
@@ -92,8 +95,8 @@ class AGD(Optimizer):
 
     @torch.no_grad()
     def step(self,
-        closure=None,  # re-evaluates the loss, as in any torch optimiser
-    ):
+        closure:Callable|None=None,  # re-evaluates the loss, as in any torch optimiser
+    )->Any:
         "One step; returns the closure's loss, if there is one."
         loss = None
         if closure is not None:

@@ -8,6 +8,7 @@ __all__ = ['Augment', 'augment_rates']
 # %% ../nbs/08a_augment.ipynb #c003
 import itertools
 import time
+from collections.abc import Iterable
 
 import torch
 from PIL import Image
@@ -16,10 +17,10 @@ from torch.nn import functional as F
 
 # %% ../nbs/08a_augment.ipynb #c007
 def _uniform(
-    x:Tensor,        # (N, ...): one number for each of these
-    generator=None,  # `torch.Generator`; the global one when None
-    share=None,      # as in `Augment`
-)->Tensor:           # (N,) in [0, 1), on the device of x
+    x:Tensor,                             # (N, ...): one number for each of these
+    generator:torch.Generator|None=None,  # the global one when None
+    share:tuple|None=None,                # as in `Augment`
+)->Tensor:                                # (N,) in [0, 1), on the device of x
     "One uniform number an image; of a shared batch, this rank's numbers."
     rank, world_size, whole = share or (0, 1, len(x))
     device = generator.device if generator is not None else None
@@ -54,27 +55,27 @@ def _rotate(
     c, s = angles.deg2rad().cos(), angles.deg2rad().sin()
     zero = torch.zeros_like(c)
     theta = torch.stack([c, -s*H/W, zero, s*W/H, c, zero], 1).view(N, 2, 3)
-    grid = F.affine_grid(theta, x.shape, align_corners=False)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x.float(), grid, mode="nearest", align_corners=False).to(x.dtype)
 
 # %% ../nbs/08a_augment.ipynb #c014
 class Augment:
     "Pad, crop, flip, rotate, normalise: (x uint8 (N, ch, H, W), generator) -> float32 of the same shape."
     def __init__(self,
-        mean,              # per channel, of pixels in [0, 1]
-        std,               # per channel
-        pad:int=0,         # black pixels on each side before a random crop to the old size
-        flip:bool=False,   # mirror half of the images
-        rotate:float=0.,   # rotate by up to this many degrees either way, nearest pixel
+        mean:Iterable[float],   # per channel, of pixels in [0, 1]
+        std:Iterable[float],    # per channel
+        pad:int=0,              # black pixels on each side before a random crop to the old size
+        flip:bool=False,        # mirror half of the images
+        rotate:float=0.,        # rotate by up to this many degrees either way, nearest pixel
     ):
         if pad < 0 or rotate < 0:
             raise ValueError(f"pad and rotate must not be negative, got pad={pad}, rotate={rotate}")
         self.mean, self.std, self.pad, self.flip, self.rotate = tuple(mean), tuple(std), pad, flip, rotate
 
     def __call__(self,
-        x:Tensor,        # (N, ch, H, W) uint8
-        generator=None,  # `torch.Generator`; the global one when None
-        share=None,      # (rank, world_size, whole): x is this rank's share of a batch of so many
+        x:Tensor,                             # (N, ch, H, W) uint8
+        generator:torch.Generator|None=None,  # the global one when None
+        share:tuple|None=None,                # (rank, world_size, whole): x is its share of so many images
     )->Tensor:
         draw = lambda: _uniform(x, generator, share)
         if self.pad or self.flip:
@@ -118,12 +119,12 @@ def _rate(
 
 # %% ../nbs/08a_augment.ipynb #c023
 def augment_rates(
-    size:int=32,       # pixels on a side
-    batch:int=256,     # images in a batch
-    seconds:float=1.,  # measure each for about this long
-    cores:int=2,       # worker processes of the one, most threads of the other; 0: no workers
-    device="cpu",      # of the batched pipeline
-)->dict:               # images a second of each, and their ratio
+    size:int=32,                    # pixels on a side
+    batch:int=256,                  # images in a batch
+    seconds:float=1.,               # measure each for about this long
+    cores:int=2,                    # worker processes of the one, most threads of the other; 0: no workers
+    device:str|torch.device="cpu",  # of the batched pipeline
+)->dict:                            # images a second of each, and their ratio
     "Images a second of `Augment`, fetching included, and of torchvision's per-image transforms."
     x, g = torch.randint(256, (4096, 3, size, size), dtype=torch.uint8), torch.Generator()
     home, threads = x.to(device), torch.get_num_threads()

@@ -6,7 +6,9 @@
 __all__ = ['StratifiedBatchSampler', 'BatchLoader', 'loaders']
 
 # %% ../nbs/08b_batches.ipynb #c003
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,29 +61,33 @@ def _kept(N:int, keep:int, rng)->np.ndarray: # (keep,)
 # %% ../nbs/08b_batches.ipynb #c013
 class StratifiedBatchSampler(Sampler):
     "Batches of indices, each with every class whose count permits; a new deal each epoch, resumable."
+    epoch:int # that is dealt
+    batch:int # batches of it that were given out
+
     def __init__(self,
-        y,                    # (N,) labels, integers from 0
-        batch_size:int,       # samples in a batch of one rank, at most
-        shuffle:bool=True,    # a new deal each epoch
-        seed:int=0,           # of the deals, together with the epoch
-        rank:int=0,           # this process
-        world_size:int=1,     # number of processes
-        drop_last:bool=False, # leave out at random what does not fill a batch, a new choice each epoch
+        y:Tensor|np.ndarray|list, # (N,) labels, integers from 0
+        batch_size:int,           # samples in a batch of one rank, at most
+        shuffle:bool=True,        # a new deal each epoch
+        seed:int=0,               # of the deals, together with the epoch
+        rank:int=0,               # this process
+        world_size:int=1,         # number of processes
+        drop_last:bool=False,     # leave out at random what does not fill a batch, a new choice each epoch
     ):
         y, whole = _checked_labels(y, batch_size, rank, world_size, drop_last), batch_size * world_size
         self.y = y.astype(np.int16 if y.max() < 2**15 else np.int64)  # NumPy sorts int16 by radix
         self.n = len(y) // whole if drop_last else -(-len(y) // whole)
         self.keep = self.n * whole if drop_last else len(y)
         self.shuffle, self.seed, self.rank, self.world_size = shuffle, seed, rank, world_size
-        self.whole = 0  # samples in the last batch given out, all ranks together
+        self.whole = 0   # samples in the last batch given out, all ranks together
+        self._start = 0  # the batch that the next iteration begins with
         self.set_epoch(0)
 
-    def __len__(self):
+    def __len__(self)->int:
         return self.n
 
     def set_epoch(self,
         epoch:int,  # the epoch that the next iteration deals
-    ):
+    )->None:
         "Choose the epoch, from its first batch."
         self.load_state_dict({"epoch": epoch, "batch": 0})
 
@@ -92,20 +98,21 @@ class StratifiedBatchSampler(Sampler):
         order = kept[_deal(self.y[kept], self.n, rng)]
         return [order[b::self.n] for b in (rng.permutation(self.n) if self.shuffle else range(self.n))]
 
-    def __iter__(self):
-        batches, start, self._start = self._batches(), self._start, 0
+    def __iter__(self)->Iterator[list[int]]:
+        batches = self._batches()
+        start, self._start = self._start, 0
         for b in range(start, self.n):
             self.batch, self.whole = b + 1, len(batches[b])
             if self.batch == self.n:
                 self.epoch, self.batch = self.epoch + 1, 0
             yield batches[b][self.rank::self.world_size].tolist()
 
-    def state_dict(self):
+    def state_dict(self)->dict:
         return {"epoch": self.epoch, "batch": self.batch}
 
     def load_state_dict(self,
         state:dict,  # of `state_dict`, taken between any two batches
-    ):
+    )->None:
         "Continue after the batches that were already given out."
         self.epoch, self.batch, self._start = state["epoch"], state["batch"], state["batch"]
 
@@ -148,7 +155,7 @@ class _Shares(DataLoader):
 
     def load_state_dict(self,
         state:dict,  # of `state_dict`
-    ):
+    )->None:
         "Continue as the saved loader would."
         if self.sampler is not None:
             self.sampler.load_state_dict(state["sampler"])
@@ -158,23 +165,23 @@ class _Shares(DataLoader):
 class BatchLoader(_Shares):
     "A fastai DataLoader of whole batches (x, y) from tensors on the device; in order, or as a sampler deals."
     def __init__(self,
-        x:Tensor,          # (N, ch, H, W) uint8, or (N, k) float32
-        y:Tensor,          # (N,) int64
-        batch_size:int=256,  # of the walk in order, all ranks together
-        sampler=None,      # yields lists of this rank's indices: `StratifiedBatchSampler`; in order when None
-        augment=None,      # `Augment`, or any (x, generator) -> x; samples as they are when None
-        seed:int=0,        # of the augmentation
-        device="cpu",      # where the data lives
-        rank:int=0,        # this process, which gets every world_size-th sample of a batch
-        world_size:int=1,  # number of processes
-        **kwargs,          # hooks of fastai's DataLoader
+        x:Tensor,                       # (N, ch, H, W) uint8, or (N, k) float32
+        y:Tensor,                       # (N,) int64
+        batch_size:int=256,             # of the walk in order, all ranks together
+        sampler:Iterable|None=None,     # yields lists of this rank's indices; in order when None
+        augment:Callable|None=None,     # `Augment`, or any (x, generator) -> x; samples as they are when None
+        seed:int=0,                     # of the augmentation
+        device:str|torch.device="cpu",  # where the data lives
+        rank:int=0,                     # this process, which gets every world_size-th sample of a batch
+        world_size:int=1,               # number of processes
+        **kwargs:Any,                   # hooks of fastai's DataLoader
     ):
         super().__init__(len(y), batch_size, sampler, augment, seed, device, rank, world_size, **kwargs)
         self.x, self.y = x.to(device), y.to(device)
 
     def create_batches(self,
-        samples,  # of `sample`
-    ):
+        samples:Iterable,  # of `sample`
+    )->Iterator[tuple]:
         "One indexing and one augmentation a batch."
         for idx, self.whole in self._shares(samples):
             if not isinstance(idx, slice):
@@ -182,38 +189,38 @@ class BatchLoader(_Shares):
             yield self._augment(self.x[idx]), self.y[idx]
 
     def to(self,
-        device,  # new home of the data
-    ):
+        device:str|torch.device,  # new home of the data
+    )->None:
         "Move the data."
         super().to(device)
         self.x, self.y = self.x.to(device), self.y.to(device)
 
-    def new(self, dataset=None, cls=None, **kwargs):
+    def new(self, dataset:object=None, cls:object=None, **kwargs:Any)->"BatchLoader":
         "The same data in order, for `Learner.get_preds`."
         return BatchLoader(self.x, self.y, self.bs, augment=self.augment, seed=self.seed, device=self.device)
 
 # %% ../nbs/08b_batches.ipynb #c026
 def loaders(
-    data:TensorData,        # as `load_data` gives it
-    batch_size:int=256,     # of one process
-    device="cpu",           # where the samples live
-    seed:int=0,             # of the batches and of the augmentation
-    stratified:bool=True,   # every class in every batch; plain shuffling when False
-    augment:bool=True,      # the data set's own flip and crop
-    rotate:float=0.,        # degrees, see `Augment`
-    rank:int=0,             # this process
-    world_size:int=1,       # number of processes
-    clean:bool=False,       # the third loader without augmentation
-)->DataLoaders:             # train, valid (the test set), and the training set in order
+    data:TensorData,                 # as `load_data` gives it
+    batch_size:int=256,              # of one process
+    device:str|torch.device="cpu",   # where the samples live
+    seed:int=0,                      # of the batches and of the augmentation
+    stratified:bool=True,            # every class in every batch; plain shuffling when False
+    augment:bool=True,               # the data set's own flip and crop
+    rotate:float=0.,                 # degrees, see `Augment`
+    rank:int=0,                      # this process
+    world_size:int=1,                # number of processes
+    clean:bool=False,                # the third loader without augmentation
+)->DataLoaders:                      # train, valid (the test set), and the training set in order
     "The loaders of one experiment; with several processes, this one's share of each batch."
     x, y, x_test, y_test = (v.to(device) for v in (*data.train, *data.test))
     labels = data.train[1] if stratified else torch.zeros_like(data.train[1])
-    team = dict(rank=rank, world_size=world_size)
-    sampler = StratifiedBatchSampler(labels, batch_size, seed=seed, **team)
+    sampler = StratifiedBatchSampler(labels, batch_size, seed=seed, rank=rank, world_size=world_size)
     images = x.ndim == 4
     plain = Augment(data.mean, data.std) if images else None
     train = Augment(data.mean, data.std, data.pad, data.flip, rotate) if images and augment else plain
-    make = partial(BatchLoader, batch_size=batch_size*world_size, device=device, **team)
+    make = partial(
+        BatchLoader, batch_size=batch_size*world_size, device=device, rank=rank, world_size=world_size)
     return DataLoaders(
         make(x, y, sampler=sampler, augment=train, seed=seed),
         make(x_test, y_test, augment=plain),

@@ -6,7 +6,9 @@
 __all__ = ['NearestETF', 'CollapseRecorder']
 
 # %% ../nbs/10_callback.ipynb #c005
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,11 @@ from .heads import Head, NearestETFHead
 from .means import as_labels
 from .evaluation import measure_collapse
 from .swap import _swap_for_data
+
+# %% ../nbs/10_callback.ipynb #c005t
+if TYPE_CHECKING:  # a type's name need not load its library
+    import numpy as np
+    from matplotlib.axes import Axes
 
 # %% ../nbs/10_callback.ipynb #c010
 def _look(dls)->tuple:
@@ -83,29 +90,29 @@ class NearestETF(Callback):
     order, run_valid = MixedPrecision.order + .5, False
 
     def __init__(self,
-        head=None,     # a `Head`, or a callable (d, C) -> Head; `NearestETFHead` when None
-        verbose=True,  # say which layer was exchanged, and what was unfrozen
-        at="",         # name of the layer to exchange, or of the part of the model that ends in it
-        project=False, # where d < C, put a trainable projection to C dimensions before the head
-        C=None,        # number of classes; when None the layer's own, which must then be the data's
-        **kwargs,      # arguments of `NearestETFHead`: delta, tau, ddn_grad, solver, start, alpha, ...
+        head:Head|Callable|None=None, # a `Head`, or a callable (d, C) -> Head; `NearestETFHead` when None
+        verbose:bool=True,            # say which layer was exchanged, and what was unfrozen
+        at:str="",                    # name of the layer to exchange, or of the part that ends in it
+        project:bool=False,           # where d < C, a trainable projection to C dimensions before it
+        C:int|None=None,              # number of classes; when None the layer's and the data's
+        **kwargs:Any,                 # arguments of `NearestETFHead`: delta, tau, ddn_grad, solver, ...
     ):
         if head is not None and kwargs:
             raise ValueError(f"give either a head or its arguments, got a head and {', '.join(kwargs)}")
         self.make, self.verbose = head or partial(NearestETFHead, **kwargs), verbose
         self.at, self.project, self.C, self._head = at, project, C, None
 
-    def after_create(self):
+    def after_create(self)->None:
         self.install()
 
-    def before_fit(self):
+    def before_fit(self)->None:
         if isinstance(self.learn.model, nn.DataParallel):
             raise ValueError("NearestETF cannot run under DataParallel, whose replicas lose the head's "
                              "state: use learn.distrib_ctx(), one process for each device")
         self.install()
         self._say(_thaw(self.learn.opt))
 
-    def before_batch(self):
+    def before_batch(self)->None:
         head = self.learn.etf
         head.targets = _batch_labels(self.learn, head.C)
 
@@ -114,7 +121,7 @@ class NearestETF(Callback):
 
     after_batch = after_cancel_batch = after_cancel_fit = _clear
 
-    def install(self):
+    def install(self)->None:
         "Make sure that the model ends in a head, and that the optimiser, if any, belongs to this model."
         learn = self.learn
         learn.model, self._head, message = _swap_for_data(
@@ -129,7 +136,7 @@ class NearestETF(Callback):
 
 # %% ../nbs/10_callback.ipynb #c018
 @patch
-def to_etf(self:Learner, *args, **kwargs)->Learner:
+def to_etf(self:Learner, *args:Any, **kwargs:Any)->Learner:
     "Give the Learner a nearest-ETF head now; the arguments are those of `NearestETF`."
     cb = NearestETF(*args, **kwargs)
     self.add_cb(cb)
@@ -152,7 +159,7 @@ def etf(self:Learner)->Head:
 def _part(dls, clean, part:str):
     "The loader of a part of the data; None where there is none, or nothing in it."
     dl = (dict(zip(("train", "test"), dls.loaders)) | {"clean": clean}).get(part)
-    if part == "train" and hasattr(dl, "new"):
+    if part == "train" and dl is not None and hasattr(dl, "new"):
         dl = dl.new(shuffle=False, drop_last=False)  # every sample, augmented, once
     return None if dl is None or (hasattr(dl, "__len__") and len(dl) == 0) else dl
 
@@ -161,26 +168,27 @@ class CollapseRecorder(Callback):
     order = Recorder.order + 1
 
     def __init__(self,
-        every:int=5,       # epochs between measurements; 0 for those in `at` alone
-        at=(50, 200),      # further epochs, counted from 1
-        clean=None,        # a loader of the training set without augmentation, measured as well
-        add=None,          # called with (epoch, **row); the rows of an experiment, for instance
-        store:int=2**30,   # as in `measure_collapse`
-        begun:int=0,       # epochs done before this fit, where it continues a run
-        classifier:str="", # name of the classifier; our head when "", else the last linear layer
+        every:int=5,                  # epochs between measurements; 0 for those in `at` alone
+        at:Collection[int]=(50, 200), # further epochs, counted from 1
+        clean:Iterable|None=None,     # a loader of the training set without augmentation, measured as well
+        add:Callable|None=None,       # called with (epoch, **row); the rows of an experiment, for instance
+        store:int=2**30,              # as in `measure_collapse`
+        begun:int=0,                  # epochs done before this fit, where it continues a run
+        classifier:str="",            # name of the classifier; our head when "", else the last linear layer
     ):
         if every < 0: raise ValueError(f"every must be 0 or a number of epochs, got every={every}")
         if any(e < 1 for e in at): raise ValueError(f"at must hold epochs counted from 1, got at={tuple(at)}")
         self.every, self.at, self.clean, self.add, self.store = every, set(at), clean, add, store
-        self.begun, self.classifier, self.rows = begun, classifier, []
+        self.begun, self.classifier = begun, classifier
+        self.rows:list[dict] = []
 
-    def before_epoch(self):
+    def before_epoch(self)->None:
         self.trained = False
 
-    def after_train(self):
+    def after_train(self)->None:
         self.trained = True
 
-    def after_epoch(self):
+    def after_epoch(self)->None:
         if not self.trained or hasattr(self.learn, "lr_finder"): return  # nobody's epoch: validate, lr_find
         epoch = self.begun + self.epoch + 1
         if epoch not in self.at and not (self.every and epoch % self.every == 0): return
@@ -191,7 +199,7 @@ class CollapseRecorder(Callback):
 
     def measure(self)->dict:
         "Plain names for the training set, `test_` and `clean_` for the others; loss and top1 with `train_`."
-        row = {}
+        row:dict[str, float] = {}
         for part in ("train", "test", "clean"):
             with no_random():
                 dl = _part(self.learn.dls, self.clean, part)
@@ -201,7 +209,7 @@ class CollapseRecorder(Callback):
             row |= {k if plain and k not in ("loss", "top1") else f"{part}_{k}": v for k, v in values.items()}
         return row
 
-    def plot(self, ax=None, names=None):
+    def plot(self, ax:"Axes|Iterable|None"=None, names:str|Sequence[str]|None=None)->"Axes|np.ndarray":
         "`plot_collapse` of the rows so far: a panel for each metric, a line for each part of the data."
         from ngc_etf.plots import plot_collapse
         C = next((m.C for m in self.learn.model.modules() if isinstance(m, Head)), None)

@@ -7,6 +7,7 @@ __all__ = ['UFM', 'DATASETS', 'FOLDERS', 'DataSpec', 'find_data']
 
 # %% ../nbs/07a_catalogue.ipynb #c003
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 # %% ../nbs/07a_catalogue.ipynb #c006
@@ -21,17 +22,17 @@ UFM = {  # name: classes C, features N, dimension d
 @dataclass(frozen=True)
 class DataSpec:
     "What is known of a data set before its files are read."
-    C:int              # number of classes
-    shape:tuple        # samples in training and in test, channels, pixels on a side (1 for vectors)
-    read:object = None # folder -> (x, y) of train, (x, y) of test; the reader of `ngc_etf.data` when None
-    folder:str = ""    # below `root`
-    files:tuple = ()   # what must lie there
-    source:str = ""    # torchvision's class, which knows address and hashes
-    mean:tuple = None  # per channel; measured on the training set when None
-    std:tuple = None   # per channel
-    pad:int = 0        # the crop's padding
-    flip:bool = False  # whether training mirrors images
-    noise:float = 0.   # standard deviation within a class, for clusters
+    C:int                     # number of classes
+    shape:tuple               # samples in training and in test, channels, pixels on a side (1 for vectors)
+    read:Callable|None = None # folder -> (x, y) of train, (x, y) of test; `ngc_etf.data`'s reader when None
+    folder:str = ""           # below `root`
+    files:tuple = ()          # what must lie there
+    source:str = ""           # torchvision's class, which knows address and hashes
+    mean:tuple|None = None    # per channel; measured on the training set when None
+    std:tuple|None = None     # per channel
+    pad:int = 0               # the crop's padding
+    flip:bool = False         # whether training mirrors images
+    noise:float = 0.          # standard deviation within a class, for clusters
 
 # %% ../nbs/07a_catalogue.ipynb #c011
 _C10 = tuple(f"data_batch_{i}" for i in range(1, 6))

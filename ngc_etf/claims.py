@@ -6,6 +6,7 @@
 __all__ = ['CLAIMS', 'Claim', 'judge', 'sentences']
 
 # %% ../nbs/12d_claims.ipynb #c003
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,8 @@ import pandas as pd
 from .catalogue import UFM
 from .outcomes import _epochs_to, floor_of
 from .rules import (
-    _SEEDS, _THREE, Evidence, _by_experiment, _by_machine, _ends_of, _epochs, _faster, _judge, _seeds, _swept)
+    _SEEDS, _THREE, Evidence, Verdict, _by_experiment, _by_machine, _ends_of, _epochs, _faster, _judge,
+    _seeds, _swept)
 from .tables import _stems
 
 # %% ../nbs/12d_claims.ipynb #c007
@@ -190,10 +192,10 @@ def _memory(evidence):
 #| code-fold: true
 class Claim(NamedTuple):
     "A sentence of the paper, and the function that judges it."
-    name:str      # in few words
-    place:str     # where the paper says it
-    judge:object  # function: `Evidence` -> `Verdict`
-    quote:str     # the paper's words
+    name:str   # in few words
+    place:str  # where the paper says it
+    judge:Callable[[Evidence], Verdict]
+    quote:str  # the paper's words
 
 CLAIMS = [
     Claim("faster convergence", "§1, §4, Tables 1, 2", _convergence,

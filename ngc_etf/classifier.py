@@ -42,7 +42,7 @@ def _join(*names):
 def _layers(name:str, module:nn.Module)->dict: # {name: layer}
     "Everything in `module` that may be a classifier, in the order of registration."
     if _size(module) is not None: return {name: module}
-    found = {}
+    found:dict[str, nn.Module] = {}
     for n, m in module.named_children():
         found |= _layers(_join(name, n), m)
     return found
@@ -94,7 +94,8 @@ def _watch(
     flip:str="",     # name of a module whose output is to be changed on the way
 )->dict:             # {name: (output, its version)}, in the order of execution
     "What these modules put out in one pass at evaluation; the model is left as it was."
-    calls, modes = {}, [(m, m.training) for m in model.modules()]
+    calls:dict = {}
+    modes = [(m, m.training) for m in model.modules()]
     hooks = [m.register_forward_hook(partial(_note, calls, n, n == flip != "")) for n, m in watched.items()]
     compiled = any(m._compiled_call_impl is not None for m, _ in modes)  # there hooks would not be called
     eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
@@ -197,8 +198,9 @@ def _feeds(name:str, child:nn.Module, ends:dict, later:list)->bool:
 def _ends(name:str, module:nn.Module)->dict: # {name: layer}, the likeliest last
     "The layers that may make a module's output, by its structure; a last one that is no classifier, alone."
     if _size(module) is not None: return {name: module}
-    if hasattr(module, "get_classifier"):
-        layer = module.get_classifier()
+    get_classifier = getattr(module, "get_classifier", None)
+    if get_classifier is not None:
+        layer = get_classifier()
         place = next((_join(name, n) for n, m in module.named_modules() if m is layer), name)
         return _ends(place, layer) if isinstance(layer, nn.Module) and layer is not module else {place: layer}
     children = [(n, m) for n, m in module.named_children() if not _is_passed(n, m)]
@@ -208,7 +210,7 @@ def _ends(name:str, module:nn.Module)->dict: # {name: layer}, the likeliest last
     ordered = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
     named = last in _CLASSIFIERS and not any(n in _CLASSIFIERS for n, _ in children[:-1])
     if ordered or named or not any(_size(m) for m in ends.values()): return ends
-    rivals = {}
+    rivals:dict[str, nn.Module] = {}
     for i, (n, m) in enumerate(children[:-1]):
         theirs = {k: v for k, v in _ends(_join(name, n), m).items() if _size(v)}
         rivals |= {} if _feeds(n, m, theirs, children[i+1:]) else theirs
@@ -224,10 +226,10 @@ def _part(model:nn.Module, at:str)->nn.Module:
         raise ValueError(f"at={at!r} names no layer of {type(model).__name__}; it has {there}") from None
 
 def last_linear(
-    model:nn.Module, # any model
-    at:str="",       # name of the layer, or of the part of the model that ends in it; the whole model when ""
-    example=None,    # a batch of inputs, a tuple of them, or a dict by argument; given one, the model is run
-)->str:              # the layer's name, as in `named_modules`
+    model:nn.Module,                        # any model
+    at:str="",                              # name of the layer, or of the part that ends in it; all when ""
+    example:Tensor|tuple|Mapping|None=None, # inputs, as they are or by argument; given one, the model is run
+)->str:                                     # the layer's name, as in `named_modules`
     "The `nn.Linear` (or our `Head`) that makes the output; `ValueError` where that cannot be told."
     top = _part(model, at)
     heads = {_join(at, n): m for n, m in top.named_modules() if isinstance(m, Head)}

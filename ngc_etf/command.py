@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from .catalogue import UFM
@@ -124,8 +125,8 @@ def _cluster_options(pairs):
 # %% ../nbs/11g_command.ipynb #c014
 #| code-fold: true
 def named_cells(
-    args,    # of `train_parser`
-)->list:     # of `Experiment`
+    args:argparse.Namespace,    # of `train_parser`
+)->list:                        # of `Experiment`
     "The cells that a command line names."
     if (args.experiment is None) == (args.suite is None):
         raise ValueError("give either --experiment or --suite; --list shows what there is")
@@ -138,7 +139,7 @@ def named_cells(
     changes |= {"alpha": _number(args.alpha) if args.alpha else None, "tag": args.tag, "root": args.data}
     if args.experiment:
         return [get_experiment(args.experiment, method=args.method, seed=args.seed, **changes)]
-    seeds = None if args.seeds is None else range(args.seeds)
+    seeds:Iterable[int]|None = None if args.seeds is None else range(args.seeds)
     seeds = seeds if args.seed is None else [args.seed]
     return suite_cells(args.suite, seeds, [args.method] if args.method else None, **changes)
 
@@ -158,10 +159,10 @@ def _listing(args)->str:
         states = [state(exp, args.out) for exp in cells]
         table = _table([("cell", args.out), *zip([exp.stem for exp in cells], states)])
         return f"{table}\n\n{states.count('done')} of {len(cells)} done"
-    known = [("experiment", "data", "net", "epochs", "batch")]
+    known:list[tuple] = [("experiment", "data", "net", "epochs", "batch")]
     for e in EXPERIMENTS.values():
         known.append((e.name, e.data, e.net or "-", e.epochs, "all" if e.data in UFM else e.batch_size))
-    suites = [("suite", "cells", "experiments")]
+    suites:list[tuple] = [("suite", "cells", "experiments")]
     for name in SUITES:
         cells = suite_cells(name)
         suites.append((name, len(cells), len({e.name for e in cells})))
@@ -219,8 +220,8 @@ def _act(args, begun):
 # %% ../nbs/11g_command.ipynb #c022
 #| code-fold: true
 def train_main(
-    argv=None, # the command line's words; `sys.argv` when None
-):
+    argv:Sequence[str]|None=None, # the command line's words; `sys.argv` when None
+)->None:
     "The command `ngc_train`."
     begun = time.time()
     args = train_parser().parse_args(argv)

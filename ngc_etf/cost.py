@@ -10,6 +10,7 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -104,8 +105,8 @@ def _measure(args):
         _say(_keep(rows, args.command, args.out, args.device))
 
 def cost_main(
-    argv=None, # the command line's words; `sys.argv` when None
-):
+    argv:Sequence[str]|None=None, # the command line's words; `sys.argv` when None
+)->None:
     "The command `ngc_cost solver|adjoint|scaling|step|methods|busy|memory|data|runner`."
     args = _parser().parse_args(argv)
     try:

@@ -11,6 +11,7 @@ import hashlib
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,10 +21,10 @@ from .catalogue import _C10, DataSpec, find_data
 
 # %% ../nbs/08_data.ipynb #c006
 def balanced_labels(
-    C:int,        # number of classes
-    N:int,        # number of samples, at least C
-    device=None,  # as in `torch.arange`
-)->Tensor:        # y (N,) int64: 0..C-1 in turn
+    C:int,                              # number of classes
+    N:int,                              # number of samples, at least C
+    device:torch.device|str|None=None,  # as in `torch.arange`
+)->Tensor:                              # y (N,) int64: 0..C-1 in turn
     "Labels in which the class counts differ by at most one."
     if N < C: raise ValueError(f"N samples must cover the C classes: got N={N}, C={C}")
     return torch.arange(N, device=device) % C
@@ -52,9 +53,14 @@ class TensorData:
         return sizes | {"hash": digest.hexdigest()}
 
 # %% ../nbs/08_data.ipynb #c011
+class _Data(Protocol):
+    "A data set of any kind, which can tell itself from others."
+    def fingerprint(self)->dict:
+        "As JSON takes it."
+
 def fingerprint(
-    data,   # `TensorData` or `FolderData`
-)->dict:    # as JSON takes it: classes, sizes, and a hash
+    data:_Data,   # `TensorData` or `FolderData`
+)->dict:          # as JSON takes it: classes, sizes, and a hash
     "What identifies a data set, however it is stored."
     return data.fingerprint()
 
@@ -161,9 +167,9 @@ _DAMAGED = (ValueError, LookupError, TypeError, EOFError, RuntimeError, Attribut
             pickle.UnpicklingError)
 
 def load_data(
-    name:str,             # one of `DATASETS`, or another that `find_data` knows
-    root="data",          # the folder of all data sets
-    download:bool=False,  # fetch what is missing
+    name:str,              # one of `DATASETS`, or another that `find_data` knows
+    root:str|Path="data",  # the folder of all data sets
+    download:bool=False,   # fetch what is missing
 )->TensorData:
     "A data set by name. `ValueError`: unknown or damaged; `FileNotFoundError`: absent, and what gets it."
     spec, root = find_data(name), Path(root).expanduser()
@@ -178,7 +184,7 @@ def load_data(
             f"(or call load_data({name!r}, {str(root)!r}, download=True)), or put the files "
             f"{', '.join(spec.files)} there yourself")
     try:
-        train, test = (_checked(*split, spec.C) for split in _read(name, spec, folder))
+        train, test = (_checked(x, y, spec.C) for x, y in _read(name, spec, folder))
     except _DAMAGED as e:
         raise ValueError(
             f"data set {name!r}: a file in {folder.absolute()} is damaged or of another format "
@@ -194,11 +200,11 @@ def _constants(spec:DataSpec, x:Tensor)->tuple:
 
 # %% ../nbs/08_data.ipynb #c033
 def long_tail(
-    y,                        # (N,) labels
-    factor:float=100,         # largest over smallest class, at least 1
-    kind:str="exponential",   # or "step"
-    seed:int=0,               # of the choice within a class
-)->Tensor:                    # indices to keep, in order
+    y:Tensor|np.ndarray|list,   # (N,) labels
+    factor:float=100,           # largest over smallest class, at least 1
+    kind:str="exponential",     # or "step"
+    seed:int=0,                 # of the choice within a class
+)->Tensor:                      # indices to keep, in order
     "Indices of a long-tailed version of a data set; each class keeps at least one sample."
     y = torch.as_tensor(y)
     counts = y.bincount()

@@ -7,14 +7,17 @@ __all__ = ['direction']
 
 # %% ../nbs/04c_directed.ipynb #c003
 import weakref
+from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .layer import Head
 from .means import processes
 from .procrustes import polar
+from .running import RunningMeans
 from .simplex import canonical_direction, check_classes, haar_direction, simplex_etf
 from .solvers import at_least_float32
 
@@ -31,10 +34,10 @@ def _given(U, d, C):
     raise ValueError(f"a direction must have orthonormal columns; U'U differs from the identity by {gap:.1e}")
 
 def direction(
-    start,  # "canonical", "haar", or a (d, C) tensor with orthonormal columns
-    d:int,  # feature dimension, at least C
-    C:int,  # number of classes
-)->Tensor:  # U (d, C)
+    start:str|Tensor,  # "canonical", "haar", or a (d, C) tensor with orthonormal columns
+    d:int,             # feature dimension, at least C
+    C:int,             # number of classes
+)->Tensor:             # U (d, C)
     "A direction by name (§4), or the given one, checked."
     check_classes(C)
     if d < C:
@@ -42,7 +45,7 @@ def direction(
             f"{C} orthonormal directions need d >= C, got d={d} and C={C}: project the features to at least "
             f"{C} dimensions first, with nn.Linear({d}, {C}) before the head, or by NearestETF(project=True)")
     if isinstance(start, Tensor): return _given(start, d, C)
-    known = {"canonical": canonical_direction, "haar": haar_direction}
+    known:dict[str, Callable[..., Tensor]] = {"canonical": canonical_direction, "haar": haar_direction}
     if start in known: return known[start](d, C).contiguous()
     raise ValueError(f"a direction must be one of {', '.join(known)} or a ({d}, {C}) tensor, got {start!r}")
 
@@ -72,8 +75,10 @@ def _rows(U):
 # %% ../nbs/04c_directed.ipynb #c013
 class _DirectedHead(Head):
     "A head whose W is the simplex ETF of the direction in the buffer U_prox."
-    def __init__(self, U:Tensor, means:nn.Module, tau:float=5.):
-        super().__init__(*U.shape, tau)
+    U_prox:Tensor  # (d, C) the direction
+
+    def __init__(self, U:Tensor, means:RunningMeans, tau:float=5.):
+        super().__init__(U.shape[0], U.shape[1], tau)
         self.means = means
         self.register_buffer("U_prox", U)
         self.register_buffer("W", _rows(U))
@@ -108,13 +113,13 @@ class _DirectedHead(Head):
         return not max(_gap(self.U_prox), (self.W - W).abs().max().item()) > eps
 
     @torch.no_grad()
-    def reproject(self):
+    def reproject(self)->None:
         "After any foreign change of the buffers: U_prox its polar factor, W that factor's ETF, b = -W h_G."
         U = polar(self.U_prox, "svd")
         self._store(U, _rows(U))
         self._centre()
 
-    def train(self, mode:bool=True):
+    def train(self, mode:bool=True)->Self:
         "As in `nn.Module`; at evaluation W is an ETF."
         if not (mode or self.U_prox.is_meta or self._is_sealed()):
             if not self.is_etf():

@@ -9,6 +9,7 @@ __all__ = ['feed_labels', 'plain', 'to_onnx']
 import copy
 import importlib
 import inspect
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +58,10 @@ def _heads(model:nn.Module)->dict: # {name: head}
     return {n: m for n, m in model.named_modules() if isinstance(m, Head)}
 
 def feed_labels(
-    model:nn.Module,   # its forward receives the labels
-    head:Head=None,    # the head to feed; the model's only one when None
-    name:str="labels", # of that argument of forward
-)->_Feed:              # `.remove()` ends it
+    model:nn.Module,     # its forward receives the labels
+    head:Head|None=None, # the head to feed; the model's only one when None
+    name:str="labels",   # of that argument of forward
+)->_Feed:                # `.remove()` ends it
     "Hand the labels that a model is called with to its head, at each call; for transformers and accelerate."
     heads = [*_heads(model).values()] if head is None else [head]
     if len(heads) != 1:
@@ -72,8 +73,9 @@ def feed_labels(
 def _without_feeds(model:nn.Module)->nn.Module:
     "The model without hooks of `feed_labels`."
     hooks = [h for m in model.modules() for h in m._forward_pre_hooks.values()]
-    for feed in [h.__self__ for h in hooks if isinstance(getattr(h, "__self__", None), _Feed)]:
-        feed.remove()
+    for owner in [getattr(h, "__self__", None) for h in hooks]:
+        if isinstance(owner, _Feed):
+            owner.remove()
     return model
 
 @torch.no_grad()
@@ -97,7 +99,7 @@ def plain(
 def to_onnx(
     model:nn.Module, # holds one of our heads; exported at evaluation
     x:Tensor,        # an example of its input (N, ...), N at least 2
-    path,            # file to write
+    path:str|Path,   # file to write
 )->None:
     "Write the evaluation model as ONNX, with input x, output logits, and a free batch size."
     _need("onnx", "onnx")

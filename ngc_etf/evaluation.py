@@ -7,8 +7,10 @@ __all__ = ['measure_collapse']
 
 # %% ../nbs/06c_evaluation.ipynb #c003
 import math
+from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from itertools import chain
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -188,7 +190,7 @@ def _joint(total, margins, device):
 @torch.no_grad()
 def measure_collapse(
     model:nn.Module,    # ends in one of our heads, or in an nn.Linear
-    loader,             # a DataLoader, or a list, of batches (*x, y)
+    loader:Iterable,    # a DataLoader, or a list, of batches (*x, y)
     at:str="",          # name of the classifier; the model's head when "", else its last linear layer
     store:int=2**30,    # bytes of features to keep for nc4 and the mean margin, left out beyond that
     margins:bool=False, # the margin of every sample too, whatever memory that takes
@@ -199,7 +201,8 @@ def measure_collapse(
     first = next(batches, None)
     if first is None and not joined: raise ValueError("loader must hold at least one batch, got none")
     name = _classifier(model, at, first)
-    layer, tallies = model.get_submodule(name), [torch.zeros(3 + _BINS)]
+    layer = cast(Head|nn.Linear, model.get_submodule(name))
+    tallies = [torch.zeros(3 + _BINS)]
     (C, d), device = layer.weight.shape, layer.weight.device
     samples = _Samples(C, d, device, math.inf if margins else store, joined)
     with _evaluation(model), _eager(_around(model, name)), _Probe(model, name) as probe:
@@ -214,5 +217,5 @@ def measure_collapse(
         total, each = _joint(total, each if margins else None, device)
     out = {"loss": total[1] / total[0], "top1": total[2] / total[0]}
     out |= samples.metric.compute(layer.weight, layer.bias) | {"ece": total[3:].abs().sum() / total[0]}
-    out = {k: float(v) for k, v in out.items()}
-    return out | {"margins": each.sort().values} if margins else out
+    values:dict = {k: float(v) for k, v in out.items()}
+    return values | {"margins": each.sort().values} if margins else values

@@ -10,15 +10,17 @@ __all__ = ['METHODS', 'TRACKERS', 'EXPERIMENTS', 'SUITES', 'Experiment', 'get_ex
 import dataclasses
 import json
 import os
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from .catalogue import DATASETS, FOLDERS, UFM, find_data
 
 # %% ../nbs/11_experiment.ipynb #c006
 #| code-fold: true
-METHODS = {
+METHODS:dict[str, tuple[str, dict]] = {
     "standard":         ("StandardHead", {}),
     "standard-no-norm": ("StandardHead", {"normalise": False}),
     "fixed":            ("FixedETFHead", {}),
@@ -90,7 +92,7 @@ class Experiment(_Answers):
     sampler:str = "stratified"  # for every method; "authors": for the nearest head only
     tail:float = 1.             # largest over smallest class of the training set; 1: as it is
     size:int = 224              # pixels of a large image's crop
-    alpha:object = "paper"      # smoothing of the means: "paper", "cumulative", or a constant in (0, 1]
+    alpha:str|float = "paper"   # smoothing of the means: "paper", "cumulative", or a constant in (0, 1]
     start:str = "canonical"     # direction before the first step: "canonical" or "haar"
     lag:bool = False            # W from the means of the earlier batches only
     solve_first:bool = True     # the first U_prox solves problem (6); the start itself where off
@@ -101,7 +103,7 @@ class Experiment(_Answers):
     lr:float = 2e-3             # of adamw and sgd; AGD has none
     schedule:str = "none"       # "none", or "onecycle" of the learning rate
 
-    def __post_init__(self):
+    def __post_init__(self)->None:
         _check(self)
 
 # %% ../nbs/11_experiment.ipynb #c012
@@ -181,10 +183,10 @@ EXPERIMENTS = {e.name: e for e in _KNOWN}
 # %% ../nbs/11_experiment.ipynb #c018
 #| code-fold: true
 def get_experiment(
-    name:str,    # one of `EXPERIMENTS`, or "folder:PATH" with a path below `root`
-    root="data", # folder of the data sets; only folder:PATH looks at it
-    tag:str="",  # appended to the name
-    **changes,   # fields to change; None leaves a field as it is
+    name:str,             # one of `EXPERIMENTS`, or "folder:PATH" with a path below `root`
+    root:str|Path="data", # folder of the data sets; only folder:PATH looks at it
+    tag:str="",           # appended to the name
+    **changes:Any,        # fields to change; None leaves a field as it is
 )->Experiment:
     "A known experiment, with changes."
     changes = {k: v for k, v in changes.items() if v is not None}
@@ -242,17 +244,17 @@ SUITES = {
 # %% ../nbs/11_experiment.ipynb #c024
 #| code-fold: true
 def suite_cells(
-    name:str,      # one of `SUITES`
-    seeds=None,    # of each cell; its own number of them when None, which is one unless the suite says more
-    methods=None,  # only these
-    **changes,     # fields to change, and a tag, as in `get_experiment`
-)->list:           # of `Experiment`
+    name:str,                           # one of `SUITES`
+    seeds:Iterable[int]|None=None,      # of each cell; as many as the suite says when None
+    methods:Collection[str]|None=None,  # only these
+    **changes:Any,                      # fields to change, and a tag, as in `get_experiment`
+)->list:                                # of `Experiment`
     "The cells of a suite, every cell's first seed before any cell's second."
     if name not in SUITES: raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {name!r}")
     there = list(dict.fromkeys(method for _, method, *_ in SUITES[name]))
     cells = [cell for cell in SUITES[name] if methods is None or cell[1] in methods]
     if not cells:
-        raise ValueError(f"the suite {name!r} has no cell with method {', '.join(methods)}; "
+        raise ValueError(f"the suite {name!r} has no cell with method {', '.join(methods or ())}; "
                          f"it has {', '.join(there)}")
     runs = []
     for experiment, method, *own in cells:

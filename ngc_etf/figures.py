@@ -7,11 +7,18 @@ __all__ = ['curve', 'show', 'save_figure', 'panels', 'has_curves', 'classes_grow
 
 # %% ../nbs/12_figures.ipynb #c003
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from .catalogue import UFM
 from .plots import _LEVEL, _LOG, _WORDS, _line, _scales, line_style
+
+# %% ../nbs/12_figures.ipynb #c003t
+if TYPE_CHECKING:  # a type's name need not load its library
+    from IPython.display import Image
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # %% ../nbs/12_figures.ipynb #c008
 #| code-fold: true
@@ -34,12 +41,12 @@ def _letters(ax, **texts):
 # %% ../nbs/12_figures.ipynb #c009
 #| code-fold: true
 def curve(
-    frame:pd.DataFrame, # rows or margins of one experiment, with columns "method" and "seed"
-    x:str,              # the column along: "epoch", "rank" or "step"
-    y:str,              # the column up
-    ax=None,            # axes to draw on; new ones when None
-    level:float=None,   # the value at collapse, a thin dotted line
-):                      # the axes
+    frame:pd.DataFrame,    # rows or margins of one experiment, with columns "method" and "seed"
+    x:str,                 # the column along: "epoch", "rank" or "step"
+    y:str,                 # the column up
+    ax:"Axes|None"=None,   # axes to draw on; new ones when None
+    level:float|None=None, # the value at collapse, a thin dotted line
+)->"Axes":
     "One column against another: median over seeds, band from the least to the greatest."
     if ax is None:
         import matplotlib.pyplot as plt
@@ -75,7 +82,7 @@ def _svg(fig):
     fig.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()
 
-def show(fig):
+def show(fig:"Figure")->"Image":
     "A figure as a small PNG for a notebook; the figure is closed."
     import matplotlib.pyplot as plt
     from IPython.display import Image
@@ -83,9 +90,9 @@ def show(fig):
     return Image(_png(fig))
 
 def save_figure(
-    fig,       # a figure of this chapter; it is closed
-    path,      # without suffix
-)->list:       # the two paths
+    fig:"Figure",       # a figure of this chapter; it is closed
+    path:str|Path,      # without suffix
+)->list:                # the two paths
     "A figure as .svg and .png, at the size at which it is shown."
     import matplotlib.pyplot as plt
     svg, png = (Path(f"{path}{suffix}") for suffix in (".svg", ".png"))
@@ -120,11 +127,11 @@ def _legend(fig):
 # %% ../nbs/12_figures.ipynb #c017
 #| code-fold: true
 def panels(
-    rows:pd.DataFrame,    # rows of one experiment
-    margins:pd.DataFrame, # its sorted margins
-    C:int,                # number of classes
-    floor:float=None,     # of its cross-entropy, see `ngc_etf.floor_of`; none is drawn when None
-):                        # the figure
+    rows:pd.DataFrame,     # rows of one experiment
+    margins:pd.DataFrame,  # its sorted margins
+    C:int,                 # number of classes
+    floor:float|None=None, # of its cross-entropy, see `ngc_etf.floor_of`; none is drawn when None
+)->"Figure":
     "The six panels of Fig. 2; with test rows, train and test top-1 as well."
     tested = "test_top1" in rows and rows.test_top1.notna().any()
     names = _PANELS if tested else _PANELS[:6]
@@ -153,7 +160,7 @@ def has_curves(
 def classes_grow(
     rows:pd.DataFrame, # of any experiments
     until:int=800,     # last epoch shown
-):                     # the figure
+)->"Figure":
     "Fig. 3: top-1 on UFM-10, -100, -200 and -1000 against the epoch."
     fig, axes = _grid(len(UFM), rows=1)
     for name, ax in zip(UFM, axes):
@@ -194,7 +201,7 @@ def _bars(cost, ax):
 def step_times(
     cost:pd.DataFrame, # rows of `ngc_cost methods`: cell, method, step, forward_ms, backward_ms
     cell:str,          # which cell of them
-):                     # the figure
+)->"Figure":
     "Figs. 5 and 16: (a) forward milliseconds of each step, (b) both passes, log milliseconds."
     fig, (left, right) = _grid(2, rows=1, height=2.6)
     if cost.empty:

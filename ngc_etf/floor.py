@@ -7,6 +7,7 @@ __all__ = ['cross_entropy_floor', 'cross_entropy_bound']
 
 # %% ../nbs/06a_floor.ipynb #c003
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -62,10 +63,10 @@ def _shares(counts, C):
 
 # %% ../nbs/06a_floor.ipynb #c009
 def cross_entropy_floor(
-    C:int,           # number of classes, at least 2
-    tau:float=5.,    # norm of the features
-    relu:bool=False, # features behind a ReLU, none negative; free features (UFM) when False
-    counts=None,     # (C,) samples of each class, for an ETF with the bias of Eq. 8; balanced when None
+    C:int,                     # number of classes, at least 2
+    tau:float=5.,              # norm of the features
+    relu:bool=False,           # features behind a ReLU, none negative; free features (UFM) when False
+    counts:Iterable|None=None, # (C,) samples by class, for an ETF with the bias of Eq. 8; balanced when None
 )->float:
     "The least cross-entropy of norm-tau features: of any unit-row W if balanced, else of an ETF head."
     margin = _largest_margin(C, tau, relu)
@@ -74,10 +75,10 @@ def cross_entropy_floor(
 
 # %% ../nbs/06a_floor.ipynb #c013
 def cross_entropy_bound(
-    C:int,           # number of classes, at least 2
-    tau:float=5.,    # norm of the features
-    relu:bool=False, # features behind a ReLU, none negative
-    counts=None,     # (C,) samples of each class; balanced when None
+    C:int,                     # number of classes, at least 2
+    tau:float=5.,              # norm of the features
+    relu:bool=False,           # features behind a ReLU, none negative
+    counts:Iterable|None=None, # (C,) samples of each class; balanced when None
 )->float:
     "What no unit-row classifier with any bias, learned or not, gets below; if balanced, the floor."
     target = C * _largest_margin(C, tau, relu)

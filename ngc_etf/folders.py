@@ -9,9 +9,11 @@ __all__ = ['FolderData', 'folder_data', 'FolderLoader', 'folder_loaders']
 import hashlib
 import os
 from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from fastai.data.core import DataLoaders
@@ -105,7 +107,8 @@ class FolderData:
 
     def fingerprint(self)->dict:
         "What tells this tree from another: classes with their counts, and a hash of file names and sizes."
-        digest, counts = hashlib.blake2b(digest_size=16), {}
+        digest = hashlib.blake2b(digest_size=16)
+        counts:dict[str, dict[str, int]] = {}
         for half in ("train", "val"):
             folder = self.folder(half)
             for name, paths in _list_images(folder).items():
@@ -118,9 +121,9 @@ class FolderData:
 
 # %% ../nbs/08d_folders.ipynb #c018
 def folder_data(
-    name:str,       # "imagenet", or "folder:PATH" with a path below `root` or an absolute one
-    root="data",    # the folder of all data sets
-    size:int=224,   # pixels of a crop; the shorter side before is 8/7 of it, 256 of 224
+    name:str,               # "imagenet", or "folder:PATH" with a path below `root` or an absolute one
+    root:str|Path="data",   # the folder of all data sets
+    size:int=224,           # pixels of a crop; the shorter side before is 8/7 of it, 256 of 224
 )->FolderData:
     "A tree of large images by name; `FileNotFoundError` where there is none, `ValueError` for a wrong name."
     path = name.removeprefix("folder:")
@@ -141,7 +144,7 @@ class FolderLoader(BatchLoader):
         batch_size:int=256,
         crop:bool=False,   # random windows instead of the centre
         workers:int=0,     # processes that decode
-        **kwargs,          # as in `BatchLoader`
+        **kwargs:Any,      # as in `BatchLoader`
     ):
         self.images, self.crop, self.workers = images, crop, workers
         super().__init__(torch.empty(len(images), 0), torch.tensor(images.targets), batch_size, **kwargs)
@@ -156,10 +159,10 @@ class FolderLoader(BatchLoader):
             yield [(i, *place) for i, place in zip(items, places)] if self.crop else list(items)
 
     def create_batches(self,
-        samples,  # of `sample`
-    ):
+        samples:Iterable,  # of `sample`
+    )->Iterator[tuple]:
         "Decode in the workers, in order; augment here."
-        wholes = deque()
+        wholes:deque[int] = deque()
         dl = torch.utils.data.DataLoader(
             self.images, batch_sampler=self._requests(samples, wholes), num_workers=self.workers,
             pin_memory=self.device.type == "cuda")
@@ -172,32 +175,34 @@ class FolderLoader(BatchLoader):
     def _send(self, v:Tensor)->Tensor:
         return v.to(self.device, non_blocking=True)
 
-    def new(self, dataset=None, cls=None, **kwargs):
+    def new(self, dataset:object=None, cls:object=None, **kwargs:Any)->"FolderLoader":
         "The same images in order, for `Learner.get_preds`."
         return FolderLoader(self.images, self.bs, self.crop, self.workers,
                             augment=self.augment, seed=self.seed, device=self.device)
 
 # %% ../nbs/08d_folders.ipynb #c023
 def folder_loaders(
-    data:FolderData,        # the tree
-    batch_size:int=256,     # of one process
-    device="cpu",           # where batches go
-    seed:int=0,             # of the batches and of the augmentation
-    stratified:bool=True,   # every class in every batch where its count permits
-    workers:int=4,          # processes that decode
-    rank:int=0,             # this process
-    world_size:int=1,       # number of processes
-    clean:bool=False,       # the third loader without augmentation
-)->DataLoaders:             # train, valid, and the training set in order, augmented
+    data:FolderData,                 # the tree
+    batch_size:int=256,              # of one process
+    device:str|torch.device="cpu",   # where batches go
+    seed:int=0,                      # of the batches and of the augmentation
+    stratified:bool=True,            # every class in every batch where its count permits
+    workers:int=4,                   # processes that decode
+    rank:int=0,                      # this process
+    world_size:int=1,                # number of processes
+    clean:bool=False,                # the third loader without augmentation
+)->DataLoaders:                      # train, valid, and the training set in order, augmented
     "`loaders` for large images."
     train, test = data.split("train"), data.split("val")
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise ValueError(f"train and val hold different classes: {odd[:5]}")
-    y, team = torch.tensor(train.targets), dict(rank=rank, world_size=world_size)
-    sampler = StratifiedBatchSampler(y if stratified else torch.zeros_like(y), batch_size, seed=seed, **team)
+    y = torch.tensor(train.targets)
+    labels = y if stratified else torch.zeros_like(y)
+    sampler = StratifiedBatchSampler(labels, batch_size, seed=seed, rank=rank, world_size=world_size)
     plain, aug = Augment(data.mean, data.std), Augment(data.mean, data.std, flip=data.flip)
-    make = partial(FolderLoader, batch_size=batch_size*world_size, workers=workers, device=device, **team)
+    make = partial(FolderLoader, batch_size=batch_size*world_size, workers=workers, device=device, rank=rank,
+                   world_size=world_size)
     return DataLoaders(
         make(train, crop=True, sampler=sampler, augment=aug, seed=seed),
         make(test, augment=plain),

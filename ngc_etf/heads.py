@@ -6,6 +6,8 @@
 __all__ = ['StandardHead', 'FixedETFHead', 'NearestETFHead']
 
 # %% ../nbs/05_heads.ipynb #c003
+from typing import Self
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -39,20 +41,20 @@ class StandardHead(Head):
         self._raw = not project_first
         self.project_rows()
 
-    def project_rows(self):
+    def project_rows(self)->None:
         "Rows back to unit norm, outside autograd. Unit rows stay as they are, to the bit."
         if self._raw or not self.normalise: return
         norm = self.W.data.norm(dim=1, keepdim=True)
         off = (norm - 1).abs() > 32*torch.finfo(norm.dtype).eps
         self.W.data.div_(torch.where(off, norm.clamp(min=1e-12), 1.))
 
-    def train_logits(self, x, y):
+    def train_logits(self, x:Tensor, y:Tensor|None)->Tensor:
         self.project_rows()
         if self._raw:
             self._raw = False
         return F.linear(x, self.W.to(x.dtype))
 
-    def train(self, mode:bool=True):
+    def train(self, mode:bool=True)->Self:
         "As in `nn.Module`; whoever looks at W between steps or after the last one finds it projected."
         self.project_rows()
         return super().train(mode)
@@ -61,7 +63,7 @@ class StandardHead(Head):
         super()._load_from_state_dict(*args)
         self.project_rows()
 
-    def to_linear(self):
+    def to_linear(self)->nn.Linear:
         self.project_rows()
         return super().to_linear()
 
@@ -69,18 +71,18 @@ class StandardHead(Head):
 class FixedETFHead(Head):
     "A classifier fixed to one simplex ETF (§4, 'fixed ETF'); no parameters."
     def __init__(self,
-        d:int,                  # feature dimension, at least C
-        C:int,                  # number of classes, at least 2
-        direction="canonical",  # "canonical", "haar", or U (d, C)
-        tau:float=5.,           # norm of the features
-        detach_mean:bool=False, # no gradient through h_G, as in the authors' code
+        d:int,                            # feature dimension, at least C
+        C:int,                            # number of classes, at least 2
+        direction:str|Tensor="canonical", # "canonical", "haar", or U (d, C)
+        tau:float=5.,                     # norm of the features
+        detach_mean:bool=False,           # no gradient through h_G, as in the authors' code
     ):
         super().__init__(d, C, tau)
         self.register_buffer("W", _rows(_direction(direction, d, C)))
         self.register_buffer("b", torch.zeros(C))
         self.global_mean, self.detach_mean = RunningGlobalMean(d), detach_mean
 
-    def train_logits(self, x, y):
+    def train_logits(self, x:Tensor, y:Tensor|None)->Tensor:
         plain = _mean_is_plain(y)
         W, h_G = self.W.to(x.dtype), self.global_mean(x.detach() if plain or self.detach_mean else x)
         with torch.no_grad():
@@ -96,13 +98,13 @@ def _hardware(device:torch.device)->str:
     if device.type == "cuda": return torch.cuda.get_device_name(device)
     return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
 
-_DIFFERS = {}  # process group -> whether its processes compute on different kinds of device
+_DIFFERS:dict[object, bool] = {}  # process group -> whether its devices are of different kinds
 
 def _hardware_differs(device:torch.device)->bool:
     "Whether the processes compute on different kinds of device; they ask each other once."
     group = dist.group.WORLD
     if group not in _DIFFERS:
-        kinds = [None] * processes()
+        kinds = [""] * processes()
         dist.all_gather_object(kinds, _hardware(device))
         _DIFFERS.clear()
         _DIFFERS[group] = len(set(kinds)) > 1
@@ -176,6 +178,11 @@ _solve_or_hold.register_autograd(_adjoint, setup_context=_save)
 # %% ../nbs/05_heads.ipynb #c026
 class _NearestStep(_DirectedHead):
     "The training step of `NearestETFHead`: means, problem (7), W; run by Python or as a graph."
+    delta:float
+    solver:str
+    solve_every:int
+    solve_first:bool
+
     def _start(self):
         self._known = None   # steps so far, and the state of the buffer means.t that they were read from
         self._begun = False  # whether the first step is known to be done
@@ -183,7 +190,7 @@ class _NearestStep(_DirectedHead):
     def _done(self)->int:
         "Steps so far; read from the buffer only where somebody else has changed it."
         if self._known and _is_unchanged(self._known[1], (self.means.t,)): return self._known[0]
-        return 0 if self.means.t.is_meta else self.means.t.item()
+        return 0 if self.means.t.is_meta else self.means.steps()
 
     def _eager(self, x, y, follows:bool):
         "W of this step (None where it is held) and h_G; `follows`: W carries the gradient of the solution."
@@ -234,18 +241,18 @@ class NearestETFHead(_NearestStep):
     _needs_past = True
 
     def __init__(self,
-        d:int,                 # feature dimension, at least C
-        C:int,                 # number of classes, at least 2
-        delta:float=1e-3,      # proximal coefficient of Eq. 7, positive
-        tau:float=5.,          # norm of the features
-        ddn_grad:bool=True,    # gradient through the solution as well (§3.6)
-        solver:str="auto",     # one of `ngc_etf.SOLVERS`
-        start="canonical",     # direction before the first step: "canonical", "haar", or U (d, C)
-        alpha="paper",         # smoothing of the class means, as in `RunningMeans`
-        validate:bool=True,    # check labels and features (on a GPU one step late, without a stall)
-        solve_every:int=1,     # solve at steps 1, k+1, 2k+1, ...; in between W is held
-        lag:bool=False,        # W from the means of earlier batches only, without gradient
-        solve_first:bool=True, # the first U_prox solves problem (6); the start itself where off
+        d:int,                        # feature dimension, at least C
+        C:int,                        # number of classes, at least 2
+        delta:float=1e-3,             # proximal coefficient of Eq. 7, positive
+        tau:float=5.,                 # norm of the features
+        ddn_grad:bool=True,           # gradient through the solution as well (§3.6)
+        solver:str="auto",            # one of `ngc_etf.SOLVERS`
+        start:str|Tensor="canonical", # direction before the first step: "canonical", "haar", or U (d, C)
+        alpha:str|float="paper",      # smoothing of the class means, as in `RunningMeans`
+        validate:bool=True,           # check labels and features (on a GPU one step late, without a stall)
+        solve_every:int=1,            # solve at steps 1, k+1, 2k+1, ...; in between W is held
+        lag:bool=False,               # W from the means of earlier batches only, without gradient
+        solve_first:bool=True,        # the first U_prox solves problem (6); the start itself where off
     ):
         super().__init__(direction(start, d, C), RunningMeans(d, C, alpha, validate), tau)
         _check_options(delta, solver, solve_every)
@@ -253,12 +260,12 @@ class NearestETFHead(_NearestStep):
         self.solve_every, self.lag, self.solve_first = solve_every, lag, solve_first
         self._start()
 
-    def train_logits(self, x, y):
+    def train_logits(self, x:Tensor, y:Tensor|None)->Tensor:
         if y is None and torch.is_grad_enabled():
             raise ValueError("NearestETFHead needs the labels in training: call head(h, y); "
                              "after head.eval() it needs none")
         if y is None: return self._linear(x)
-        last = self.W.to(x, copy=True) if self.lag or self.solve_every > 1 else None
+        last = self.W.to(x, copy=True) if self.lag or self.solve_every > 1 else self.W
         step = self._compiled if torch.compiler.is_compiling() else self._eager
         W, h_G = step(x, y, self.ddn_grad and not self.lag)
         self._centre()

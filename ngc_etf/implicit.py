@@ -31,30 +31,30 @@ def rvech(
 
 # %% ../nbs/04_implicit.ipynb #c013
 def commutation_matrix(
-    m:int, # rows of A
-    n:int, # columns of A
-    dtype=None, # as in `torch.eye`
-)->Tensor: # K_mn (mn, mn): K vec(A) = vec(A'), equally K rvec(A') = rvec(A)
+    m:int,                       # rows of A
+    n:int,                       # columns of A
+    dtype:torch.dtype|None=None, # as in `torch.eye`
+)->Tensor:                       # K_mn (mn, mn): K vec(A) = vec(A'), equally K rvec(A') = rvec(A)
     "The commutation matrix of Eq. 25."
     if m < 1 or n < 1: raise ValueError(f"m and n must be positive, got m={m}, n={n}")
     return torch.eye(m*n, dtype=dtype)[torch.arange(m*n).reshape(n, m).T.reshape(-1)]
 
 def elimination_matrix(
-    n:int, # size of the symmetric matrix
-    dtype=None, # as in `torch.eye`
-)->Tensor: # L_n (n(n+1)/2, n²): L rvec(A) = rvech(A)
+    n:int,                       # size of the symmetric matrix
+    dtype:torch.dtype|None=None, # as in `torch.eye`
+)->Tensor:                       # L_n (n(n+1)/2, n²): L rvec(A) = rvech(A)
     "The elimination matrix of Eqs. 26-28, in the row-major form."
     if n < 1: raise ValueError(f"n must be positive, got n={n}")
     i, j = torch.triu_indices(n, n)
     return torch.eye(n*n, dtype=dtype)[i*n + j]
 
 # %% ../nbs/04_implicit.ipynb #c018
-def objective(H, U, U_prox, delta):
+def objective(H:Tensor, U:Tensor, U_prox:Tensor, delta:float)->Tensor:
     "Problem (7)'s cost."
     M̃ = standard_etf(H.shape[1], H.dtype, H.device)
     return ((H - U @ M̃)**2).sum() + delta/2 * ((U - U_prox)**2).sum()
 
-def objective_gradient(H, U, U_prox, delta):
+def objective_gradient(H:Tensor, U:Tensor, U_prox:Tensor, delta:float)->Tensor:
     "D_U f (d, C): Eq. 32, first line."
     M̃ = standard_etf(H.shape[1], H.dtype, H.device)
     return 2*U @ M̃ @ M̃ - 2*H @ M̃ + delta * (U - U_prox)

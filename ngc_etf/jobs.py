@@ -17,8 +17,10 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -128,11 +130,11 @@ class _Jobs:
 # %% ../nbs/11f_jobs.ipynb #c012
 #| code-fold: true
 def run_jobs(
-    cells,            # of `Experiment`
+    cells:Sequence[Experiment],
     jobs:int,         # so many at once
-    out,              # folder of the rows
+    out:str|Path,     # folder of the rows
     trace:bool=False, # print where an error came from
-    **arguments,      # of `run`
+    **arguments:Any,  # of `run`
 )->Outcome:
     "Run all, several at once, each in its own process."
     if jobs < 1: raise ValueError(f"jobs must be at least 1, got {jobs}")
@@ -157,11 +159,11 @@ def run_jobs(
 #| code-fold: true
 class Job:
     "One cell, as submitit wants it: a picklable call that may be queued again."
-    def __call__(self, exp:Experiment, **arguments)->str:
+    def __call__(self, exp:Experiment, **arguments:Any)->str:
         from ngc_etf.runner import run
         return _last_row(run(exp, progress=False, **arguments))
 
-    def checkpoint(self, *args, **kwargs):
+    def checkpoint(self, *args:Any, **kwargs:Any)->object:
         import submitit
         return submitit.helpers.DelayedSubmission(self, *args, **kwargs)
 
@@ -199,15 +201,16 @@ def _wait_for(jobs)->Outcome:
     return outcome
 
 def submit(
-    cells,        # of `Experiment`
-    cluster:str,  # "local" or "slurm"
-    out,          # folder of the rows; logs go to its folder .jobs
-    options=None, # of submitit's `update_parameters`: slurm_partition, timeout_min, gpus_per_node, ...
-    **arguments,  # of `run`
-)->Outcome:       # nothing has failed yet on Slurm, which is not waited for
+    cells:Sequence[Experiment],
+    cluster:str,            # "local" or "slurm"
+    out:str|Path,           # folder of the rows; logs go to its folder .jobs
+    options:dict|None=None, # of submitit's `update_parameters`: slurm_partition, timeout_min, ...
+    **arguments:Any,        # of `run`
+)->Outcome:                 # nothing has failed yet on Slurm, which is not waited for
     "One job a cell."
     executor, slots = _executor(cluster, Path(out)/".jobs", options or {})
-    jobs, here = [], cluster == "local"
+    here = cluster == "local"
+    jobs:list[tuple] = []
     try:
         for i, exp in enumerate(cells, 1):
             while here and sum(not job.done() for job, _ in jobs) >= slots:

@@ -7,6 +7,7 @@ __all__ = ['proximal_problem', 'solver_rows', 'peak_bytes', 'adjoint_rows', 'sca
 
 # %% ../nbs/12g_kernels.ipynb #c003
 import time
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -26,13 +27,13 @@ def _unit(X):
     return X / X.norm()
 
 def proximal_problem(
-    d:int,               # feature dimension, at least C
-    C:int,               # number of classes
-    dtype=torch.float64, # of both
-    device="cpu",        # of both
-    moved:float=.05,     # change of the means since the last step, relative to their norm
-    seed:int=0,          # of the random means
-)->tuple:                # H (d, C), U_prox (d, C)
+    d:int,                           # feature dimension, at least C
+    C:int,                           # number of classes
+    dtype:torch.dtype=torch.float64, # of both
+    device:str|torch.device="cpu",   # of both
+    moved:float=.05,                 # change of the means since the last step, relative to their norm
+    seed:int=0,                      # of the random means
+)->tuple:                            # H (d, C), U_prox (d, C)
     "Means after a small change, and the solution before it."
     check_classes(C, d)
     g = torch.Generator().manual_seed(seed)
@@ -65,10 +66,10 @@ def _there(solver):
     return solver != "trust_region" and (solver != "polar" or hasattr(torch.linalg, "polar"))
 
 def solver_rows(
-    quick:bool=False, # small sizes only
-    device="cpu",     # where to measure
-    rounds:int=7,     # timed calls of each
-)->list:              # of dicts: d, C, dtype, device, what, ms, units, over_auto
+    quick:bool=False,              # small sizes only
+    device:str|torch.device="cpu", # where to measure
+    rounds:int=7,                  # timed calls of each
+)->list:                           # of dicts: d, C, dtype, device, what, ms, units, over_auto
     "Every solver at every size, in units and against `auto`."
     double, single = torch.float64, torch.float32
     sizes = [(d, C, double) for d, C in (_SIZES[:1] + _SIZES[2:3] if quick else _SIZES)]
@@ -86,8 +87,8 @@ def solver_rows(
 # %% ../nbs/12g_kernels.ipynb #c012
 #| code-fold: true
 def peak_bytes(
-    f,             # function of no arguments
-    device="cpu",  # where it computes
+    f:Callable[[], object],         # function of no arguments
+    device:str|torch.device="cpu",  # where it computes
 )->int:
     "The extra memory that f needs at its highest point, counted from the allocator's own events."
     if str(device).startswith("cuda"):
@@ -114,10 +115,10 @@ def _both_passes(H, U_prox, v, solver="auto"):
 # %% ../nbs/12g_kernels.ipynb #c016
 #| code-fold: true
 def adjoint_rows(
-    quick:bool=False, # small sizes only
-    device="cpu",     # where to measure
-    rounds:int=7,     # timed calls of each
-)->list:              # of dicts: as `solver_rows`, with dC_floats and over_adjoint
+    quick:bool=False,              # small sizes only
+    device:str|torch.device="cpu", # where to measure
+    rounds:int=7,                  # timed calls of each
+)->list:                           # of dicts: as `solver_rows`, with dC_floats and over_adjoint
     "Forward, backward and memory, and the paper's vector-Jacobian product against ours."
     rows = []
     for d, C in [(512, 100)] + ([] if quick else [(2048, 1000)]):
@@ -186,10 +187,10 @@ def _passes_of(d, C, device):
     }
 
 def scaling_rows(
-    quick:bool=False, # three small sizes each
-    device="cpu",     # where to measure
-    rounds:int=7,     # timed calls of each
-)->list:              # of dicts: along, d, C, device, what, ms, exponent
+    quick:bool=False,              # three small sizes each
+    device:str|torch.device="cpu", # where to measure
+    rounds:int=7,                  # timed calls of each
+)->list:                           # of dicts: along, d, C, device, what, ms, exponent
     "Both passes over d (C = 100) and over C (d = 2048), with the exponent of each, fitted in log-log."
     rows = []
     for along, sizes in _ALONG.items():

@@ -35,7 +35,7 @@ def _orthonormal(Q:Tensor)->bool:
     return _equal(Q.mT @ (Q @ x), x, size)
 
 # %% ../nbs/00a_lapack.ipynb #c010
-_warned = set()
+_warned:set[str] = set()
 
 def _warn_once(key:str, message:str):
     "A `RuntimeWarning`, the first time only for each key."

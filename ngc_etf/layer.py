@@ -10,6 +10,7 @@ import sys
 import weakref
 from collections import deque
 from contextlib import nullcontext
+from types import FrameType
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,7 @@ def _in_backward()->bool:
 def _is_checkpointed()->bool:
     "Whether the forward pass under way may be repeated in a backward pass."
     if torch.is_grad_enabled(): return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    frame = sys._getframe()
+    frame:FrameType|None = sys._getframe()
     while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
         frame = frame.f_back
     return frame is not None
@@ -196,6 +197,10 @@ class _NamedState(_Repeatable):
 # %% ../nbs/04b_layer.ipynb #c027
 class Head(_NamedState):
     "The common part: features of norm tau in, logits (N, C) out; at evaluation a linear map."
+    W:Tensor            # (C, d) rows of the classifier: parameter or buffer
+    b:Tensor            # (C,) bias
+    targets:Tensor|None # labels of the next training pass, for loops that call the head without them
+
     def __init__(self, d:int, C:int, tau:float=5., normalise:bool=True):
         super().__init__()
         if not tau > 0: raise ValueError(f"tau, the norm of the features, must be positive, got tau={tau}")
@@ -214,9 +219,9 @@ class Head(_NamedState):
         return _OnSphere.apply(h, self.tau)[0]
 
     def forward(self,
-        h:Tensor,      # (N, d) raw features from the body
-        y:Tensor=None, # (N,) labels or (N, C) class probabilities; needed by the nearest head in training
-    )->Tensor:         # logits (N, C)
+        h:Tensor,           # (N, d) raw features from the body
+        y:Tensor|None=None, # (N,) labels or (N, C) class shares; needed by the nearest head in training
+    )->Tensor:              # logits (N, C)
         "Logits in autocast's dtype where it is on, else in h's own."
         check_batch(h, None, self.C, self.d)
         device = h.device.type
@@ -238,5 +243,5 @@ class Head(_NamedState):
             lin.bias.copy_(self.b)
         return lin
 
-    def extra_repr(self):
+    def extra_repr(self)->str:
         return f"d={self.d}, C={self.C}, tau={self.tau}, normalise={self.normalise}"

@@ -6,7 +6,9 @@
 __all__ = ['ETFModule', 'ETFCallback']
 
 # %% ../nbs/10b_lightning.ipynb #c005
+from collections.abc import Callable, Sequence
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +24,10 @@ from .swap import _swap_for_data, swap_head
 class _Module:
     "A classifier, body and head, as a LightningModule: batches are (x, y)."
     def __init__(self,
-        body:nn.Module,             # images, say, to features (N, d)
-        head:Head,                  # one of ours
-        optimizer=torch.optim.Adam, # parameters -> optimiser
-        loss=F.cross_entropy,       # (logits, y) -> loss
+        body:nn.Module,                      # images, say, to features (N, d)
+        head:Head,                           # one of ours
+        optimizer:Callable=torch.optim.Adam, # parameters -> optimiser
+        loss:Callable=F.cross_entropy,       # (logits, y) -> loss
     ):
         super().__init__()
         self.body, self.head, self.make_opt, self.loss = body, head, optimizer, loss
@@ -105,8 +107,9 @@ def _heads_in(state, module)->list:
 # %% ../nbs/10b_lightning.ipynb #c017
 class _Events:
     "Labels go to the head as a training batch begins, and are taken back as it ends or fails."
-    head = labels = None  # the head once there is one; batch -> labels
-    _undo = ()            # what was wrapped, as a list of functions
+    head:Head|None = None         # once there is one
+    labels:Callable|None = None   # batch -> labels
+    _undo:Sequence[Callable] = () # what was wrapped, as a list of functions
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if self.labels is None and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
@@ -133,13 +136,13 @@ class _Events:
 class _Callback(_Events):
     "Train a LightningModule with the nearest-ETF head: exchanges its classifier, hands over the labels."
     def __init__(self,
-        head=None,     # a `Head`, or a callable (d, C) -> Head; `NearestETFHead` when None
-        at="",         # as in `swap_head`: where the classifier is, if it cannot be told
-        project=False, # as in `swap_head`
-        labels=None,   # batch -> labels; the second of two when None
-        verbose=True,  # say which layer was exchanged
-        C=None,        # number of classes; when None the layer's own, which must then be the data's
-        **kwargs,      # arguments of `NearestETFHead`
+        head:Head|Callable|None=None, # a `Head`, or a callable (d, C) -> Head; `NearestETFHead` when None
+        at:str="",                    # as in `swap_head`: where the classifier is, if it cannot be told
+        project:bool=False,           # as in `swap_head`
+        labels:Callable|None=None,    # batch -> labels; the second of two when None
+        verbose:bool=True,            # say which layer was exchanged
+        C:int|None=None,              # number of classes; when None the layer's and the data's
+        **kwargs:Any,                 # arguments of `NearestETFHead`
     ):
         if head is not None and kwargs:
             raise ValueError(f"give either a head or its arguments, got a head and {', '.join(kwargs)}")

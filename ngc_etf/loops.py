@@ -155,7 +155,7 @@ class _Watch(Callback):
 #| code-fold: true
 class Record(_Watch):
     "Evaluate when due, write rows and a checkpoint each epoch, show one bar, stop in time."
-    def after_epoch(self):
+    def after_epoch(self)->None:
         epoch, seconds = self.begun + self.epoch + 1, self.earlier + time.perf_counter() - self.start
         self.recorder.log = []
         if self.exp.due(epoch):
@@ -180,7 +180,7 @@ class Record(_Watch):
         if margins is not None:
             save_margins(self.rows, margins)
 
-    def evaluate(self, margins=False)->tuple:
+    def evaluate(self, margins:bool=False)->tuple:
         "Metrics on the training set (as the loss saw it, or clean) and on the test set; training margins."
         train = measure_collapse(self.net, self.loaders["train_eval"], margins=margins)
         each = train.pop("margins", None)

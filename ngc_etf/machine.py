@@ -21,8 +21,14 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ngc_etf
+
+# %% ../nbs/10c_machine.ipynb #c003t
+#| code-fold: true
+if TYPE_CHECKING:  # a type's name need not load its library
+    import torch
 
 # %% ../nbs/10c_machine.ipynb #c006
 #| code-fold: true
@@ -44,8 +50,8 @@ def _sources(folder):
     return digest.hexdigest()[:12]
 
 def provenance(
-    folder=None, # of the package's sources; where they were imported from when None
-)->dict:         # commit ("" where git does not track them), changed (since then), sources (their hash)
+    folder:str|Path|None=None, # of the package's sources; where they were imported from when None
+)->dict:                       # commit ("" where git does not track them), changed (since), sources (a hash)
     "Which sources compute here."
     folder = Path(folder or ngc_etf.__path__[0])
     tracked = _git(folder, "ls-files", "--error-unmatch", "__init__.py")
@@ -88,16 +94,16 @@ def environment()->dict:
 # %% ../nbs/10c_machine.ipynb #c014
 #| code-fold: true
 def take_turns(
-    candidates:dict,  # name -> function of no arguments
-    rounds:int=7,     # timed calls of each
-    device:str="cpu", # where they run
-    rewarm:bool=True, # an untimed call before each timed one; False: before the first only
-)->dict:              # name -> median seconds
+    candidates:dict,                 # name -> function of no arguments
+    rounds:int=7,                    # timed calls of each
+    device:"str|torch.device"="cpu", # where they run
+    rewarm:bool=True,                # an untimed call before each timed one; False: before the first only
+)->dict:                             # name -> median seconds
     "Median times of functions called in turn."
     if rounds < 1: raise ValueError(f"rounds must be at least 1, got {rounds}")
     import torch
     gpu = str(device).startswith("cuda")
-    seconds = {name: [] for name in candidates}
+    seconds:dict[str, list[float]] = {name: [] for name in candidates}
     for i in range(rounds):
         for name, call in candidates.items():
             if rewarm or i == 0:
@@ -119,7 +125,7 @@ def bf16_speed(
 )->float:             # seconds in float32 over seconds in bf16: above 1 where bf16 is the faster
     "How many times faster a convolution and its gradient are under autocast to bf16."
     import torch
-    as_images = {"device": device, "memory_format": torch.channels_last}
+    as_images:dict = {"device": device, "memory_format": torch.channels_last}
     w = torch.empty(64, 64, 3, 3, **as_images).fill_(1.).requires_grad_()
     x = torch.empty(8, 64, 16, 16, **as_images).fill_(1.)
     def both(bf16):

@@ -6,6 +6,9 @@
 __all__ = ['processes', 'class_sums', 'as_labels', 'check_batch', 'ValueCheck', 'centred_means']
 
 # %% ../nbs/02_means.ipynb #c003
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,7 +22,8 @@ def _reduce(x:Tensor)->Tensor:
     "The sum over all processes, with gradient."
     from torch.distributed import _functional_collectives as collectives
     if hasattr(collectives, "all_reduce_backward"):  # torch knows its gradient, and can trace it
-        return collectives.all_reduce(x, "sum", dist.group.WORLD)
+        world:Any = dist.group.WORLD  # where there are several processes it is not None
+        return collectives.all_reduce(x, "sum", world)
     from torch.distributed.nn.functional import all_reduce
     return all_reduce(x)
 
@@ -82,11 +86,11 @@ def as_labels(
 
 # %% ../nbs/02_means.ipynb #c022
 def check_batch(
-    h:Tensor,   # (N, d) features
-    y:Tensor,   # labels as `as_labels` takes them, or None
-    C:int,      # number of classes
-    d:int=None, # expected feature dimension; any when None
-)->Tensor:      # the labels as `as_labels` returns them, or None
+    h:Tensor,        # (N, d) features
+    y:Tensor|None,   # labels as `as_labels` takes them, or None
+    C:int,           # number of classes
+    d:int|None=None, # expected feature dimension; any when None
+)->Tensor|None:      # the labels as `as_labels` returns them, or None
     "Shapes, types, an empty batch: what can be checked without the values. Nothing while TorchScript traces."
     if torch.jit.is_tracing(): return y
     if h.ndim != 2 or (d is not None and h.shape[1] != d):
@@ -118,16 +122,17 @@ class ValueCheck:
         self.pending = []
 
     def __call__(self,
-        ok:Tensor,    # scalar bool tensor
-        message:str,  # what to say where it is false
-        then=None,    # called instead of raising; not for code that is compiled
-    )->Tensor:        # `ok` where the verdict comes late; None where it is known and good
+        ok:Tensor,                          # scalar bool tensor
+        message:str,                        # what to say where it is false
+        then:Callable[[], None]|None=None,  # called instead of raising; not for code that is compiled
+    )->Tensor|None:                         # `ok` where the verdict comes late; None where it is good
         "Raise `ValueError(message)` unless `ok`, now or late."
         if torch.compiler.is_compiling(): return _check(ok, message)
         if ok.is_meta: return None
         if ok.device.type == "cuda": return self._defer(ok, message, then)
         if not ok:
             self._fail(message, then)
+        return None
 
     def _defer(self, ok, message, then):
         flag = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(ok, non_blocking=True)
@@ -136,7 +141,7 @@ class ValueCheck:
         self.pending.append((flag, event, message, then))
         return ok
 
-    def raise_late(self, wait:bool=False):
+    def raise_late(self, wait:bool=False)->None:
         "Raise what an earlier batch did wrong, as far as its verdicts have arrived (or wait for them)."
         if torch.compiler.is_compiling(): return
         while self.pending and (wait or self.pending[0][1].query()):
@@ -150,12 +155,12 @@ class ValueCheck:
         if then is None: raise ValueError(message)
         then()
 
-    def __getstate__(self):
+    def __getstate__(self)->dict:
         return {"pending": []}
 
 # %% ../nbs/02_means.ipynb #c032
 _compiled = ValueCheck()
-_on_the_host = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+_on_the_host:dict = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 @torch.library.custom_op("ngc_etf::check", mutates_args=(), **_on_the_host)
 def _check(ok:Tensor, message:str)->Tensor:
@@ -192,7 +197,7 @@ def centred_means(
     C:int,    # number of classes
 )->tuple:     # H_bar (d, C), h_G (d,), counts (C,)
     "The centred class means H̄ of Eqs. 4-5, the global mean, the counts; an absent class has a zero column."
-    y, check = check_batch(h, y, C), ValueCheck()
-    sums, counts = _checked_sums(h, y, C, check)
+    labels, check = check_batch(h, y, C), ValueCheck()
+    sums, counts = _checked_sums(h, labels, C, check)
     check.raise_late(wait=True)
     return *_centre(_class_means(sums, counts), counts), counts

@@ -64,10 +64,10 @@ _TABLE_3 = (*UFM, "cifar10-resnet18", "cifar10-resnet50", "cifar100-resnet50", "
 _HEADS_3 = ("standard", "fixed", "nearest-no-ddn", "nearest")
 
 def memory_rows(
-    quick:bool=False, # UFM-10 and CIFAR-10 with ResNet18 only
-    device="cpu",     # not used: memory is counted
-    rounds:int=1,     # not used: a count is a count
-)->list:              # of dicts: cell, method, d, C, weights_gb, body_gb, head_gb, gb, dense_gb
+    quick:bool=False,              # UFM-10 and CIFAR-10 with ResNet18 only
+    device:str|torch.device="cpu", # not used: memory is counted
+    rounds:int=1,                  # not used: a count is a count
+)->list:                           # of dicts: cell, method, d, C, weights_gb, body_gb, head_gb, gb, dense_gb
     "Table 3's eight rows: gigabytes of a training step with each head, counted."
     rows = []
     for cell in (_TABLE_3[0], _TABLE_3[4]) if quick else _TABLE_3:

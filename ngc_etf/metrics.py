@@ -37,11 +37,11 @@ def _matrix(
 
 # %% ../nbs/06_metrics.ipynb #c009
 def _batch(
-    h:Tensor,    # (N, d) features
-    y:Tensor,    # (N,) or (N, 1) labels
-    C:int,       # number of classes
-    d:int=None,  # feature dimension; any when None
-)->tuple:        # h (N, d) in float64, y (N,) in int64
+    h:Tensor,         # (N, d) features
+    y:Tensor,         # (N,) or (N, 1) labels
+    C:int,            # number of classes
+    d:int|None=None,  # feature dimension; any when None
+)->tuple:             # h (N, d) in float64, y (N,) in int64
     "Features and labels, or a `ValueError` that names what is wrong with them."
     check_classes(C)
     h = _matrix(h, "h", None, d)
@@ -74,11 +74,11 @@ def _no_means(within, size, eps):
     return within.new_tensor(math.inf if within > (8 * eps)**2 * size else math.nan)
 
 def nc1(
-    h:Tensor,        # (N, d) features as the head sees them
-    y:Tensor,        # (N,) labels
-    C:int,           # number of classes
-    rtol:float=None, # eigenvalues of Σ_B up to rtol * the largest count as 0; max(d, C) * 2.2e-16 when None
-)->Tensor:           # scalar in [0, inf]; 0 at collapse
+    h:Tensor,             # (N, d) features as the head sees them
+    y:Tensor,             # (N,) labels
+    C:int,                # number of classes
+    rtol:float|None=None, # eigenvalues of Σ_B up to rtol * the largest are 0; max(d, C) * 2.2e-16 when None
+)->Tensor:                # scalar in [0, inf]; 0 at collapse
     "Eq. 11, tr(Σ_W Σ_B†)/C, without a d x d matrix; inf where class means coincide, nan if nothing varies."
     h, y = _batch(h, y, C)
     means, n = _class_means(h, y, C)
@@ -112,12 +112,12 @@ def nc3(
 
 # %% ../nbs/06_metrics.ipynb #c029
 def nc4(
-    h:Tensor,          # (N, d) features
-    y:Tensor,          # (N,) labels, for the class means
-    W:Tensor,          # (C, d) classifier rows
-    b:Tensor=None,     # (C,) bias; zero when None
-    means:Tensor=None, # (C, d) class means, not centred; those of h when None
-)->Tensor:             # scalar in [0, 1]; 0 at collapse
+    h:Tensor,               # (N, d) features
+    y:Tensor,               # (N,) labels, for the class means
+    W:Tensor,               # (C, d) classifier rows
+    b:Tensor|None=None,     # (C,) bias; zero when None
+    means:Tensor|None=None, # (C, d) class means, not centred; those of h when None
+)->Tensor:                  # scalar in [0, 1]; 0 at collapse
     "Eq. 14 as a number: the fraction of samples on which classifier and nearest class mean disagree."
     C = len(_matrix(W, "W", None, None))
     h, y = _batch(h, y, C)
@@ -157,11 +157,11 @@ def _variation(x, correction):
 
 # %% ../nbs/06_metrics.ipynb #c036
 def cosine_margins(
-    h:Tensor,        # (N, d) features
-    y:Tensor,        # (N,) labels
-    W:Tensor,        # (C, d) classifier rows
-    h_G:Tensor=None, # (d,) global mean; that of h when None
-)->Tensor:           # (N,), each in [-2, 2]; C/(C-1) at collapse
+    h:Tensor,             # (N, d) features
+    y:Tensor,             # (N,) labels
+    W:Tensor,             # (C, d) classifier rows
+    h_G:Tensor|None=None, # (d,) global mean; that of h when None
+)->Tensor:                # (N,), each in [-2, 2]; C/(C-1) at collapse
     "Eq. 16 for each sample: centred cosine to the own class's row minus the largest to another's."
     C = len(_matrix(W, "W", None, None))
     h, y = _batch(h, y, C)

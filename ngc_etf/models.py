@@ -19,9 +19,11 @@ def strip_affine(
     "Remove biases and affine BatchNorm parameters; `ValueError` where other than (out, in[, kh, kw]) remain."
     for m in net.modules():
         if isinstance(m, _BatchNorm):
-            m.weight, m.bias, m.affine = None, None, False
+            m.register_parameter("weight", None)
+            m.register_parameter("bias", None)
+            m.affine = False
         elif isinstance(getattr(m, "bias", None), nn.Parameter) and m.weight.ndim in (2, 4):
-            m.bias = None
+            m.register_parameter("bias", None)
     odd = [f"{name} {tuple(p.shape)}" for name, p in net.named_parameters()
            if p.requires_grad and p.ndim not in (2, 4)]
     if odd:
@@ -51,7 +53,7 @@ def mlp(
     "Linear layers with BatchNorm and ReLU, for AGD as they are: no biases, no affine BatchNorm."
     if min(width, inputs, depth) < 1:
         raise ValueError(f"width, inputs and depth must be at least 1, got {width}, {inputs}, {depth}")
-    layers = [nn.Flatten()]
+    layers:list[nn.Module] = [nn.Flatten()]
     for i in [inputs] + [width]*(depth - 1):
         layers += [nn.Linear(i, width, bias=False), nn.BatchNorm1d(width, affine=False), nn.ReLU()]
     return nn.Sequential(*layers)
@@ -99,7 +101,7 @@ class _Grey(nn.Module):
         return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
 
 # %% ../nbs/09_models.ipynb #c021
-def _small(name:str, width, inputs:int)->tuple:
+def _small(name:str, width:int|None, inputs:int)->tuple|None:
     "One of this project's own networks by name."
     kind, _, number = name.partition("-")
     if kind not in ("digits", "mlp") or not (number or "1").isdecimal(): return None
@@ -110,7 +112,7 @@ def body(
     name:str,               # "mlp", "digits", either with -WIDTH, "vgg13", torchvision's names, "timm:NAME"
     affine:bool=False,      # keep biases and affine BatchNorm, for other optimisers than AGD
     pretrained:bool=False,  # with the library's weights: needs affine=True
-    width:int=None,         # of "digits" (32) or "mlp" (256), where the name does not say it
+    width:int|None=None,    # of "digits" (32) or "mlp" (256), where the name does not say it
     inputs:int=48,          # numbers in a sample, for "mlp"
 )->tuple:                   # module: images (N, 1 or 3, H, W) or vectors (N, inputs) -> features (N, d);  d
     "A network up to its global average pool, and the dimension d of its features; `ValueError`: unknown."

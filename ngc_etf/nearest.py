@@ -46,20 +46,21 @@ def _solution(P, solver, start, validate, given):
 
 # %% ../nbs/03c_nearest.ipynb #c010
 def nearest_etf(
-    H:Tensor,           # (d, C) normalised centred class means H̃, used as given
-    U_prox:Tensor=None, # (d, C) proximal direction of Eq. 7; None solves Eq. 6
-    delta:float=1e-3,   # proximal coefficient, positive; unused without U_prox
-    solver:str="auto",  # one of `SOLVERS`
-    start:Tensor=None,  # (d, C) for Eq. 6: of its minimisers the one nearest to this; canonical when None
-    validate:bool=True, # on a GPU: check that all entries are finite, at a later call; a CPU always does
-)->Tensor:              # U (d, C), orthonormal columns, differentiable in H; at least float32
+    H:Tensor,                # (d, C) normalised centred class means H̃, used as given
+    U_prox:Tensor|None=None, # (d, C) proximal direction of Eq. 7; None solves Eq. 6
+    delta:float=1e-3,        # proximal coefficient, positive; unused without U_prox
+    solver:str="auto",       # one of `SOLVERS`
+    start:Tensor|None=None,  # (d, C) for Eq. 6: its minimiser nearest to this; canonical when None
+    validate:bool=True,      # on a GPU: check that all entries are finite, at a later call; a CPU always does
+)->Tensor:                   # U (d, C), orthonormal columns, differentiable in H; at least float32
     "The direction U of the ETF nearest to H: problem (7), or (6) without U_prox. `ValueError` on bad input."
     _check(H, U_prox, delta, solver, start)
     H = at_least_float32(H if U_prox is None else H.to(torch.promote_types(H.dtype, U_prox.dtype)))
     P = procrustes_target(H, None if U_prox is None else U_prox.to(H.dtype), delta)
     given = dict(H=H, U_prox=U_prox, start=start)
     if U_prox is None and start is None:
-        start = canonical_direction(*H.shape, dtype=H.dtype, device=H.device)
+        d, C = H.shape
+        start = canonical_direction(d, C, dtype=H.dtype, device=H.device)
     if solver == "trust_region":
         solver, start = "given", trust_region(H, U_prox, delta, start)
     elif U_prox is None:

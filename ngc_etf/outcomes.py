@@ -28,7 +28,7 @@ def _counts(exp, C):
 
 def floor_of(
     description:dict, # of a run, as `load_rows` returns it: "experiment" and "C"
-)->float:             # None where there is none
+)->float|None:        # None where there is none
     "The least cross-entropy that a run can reach."
     from ngc_etf.floor import cross_entropy_bound, cross_entropy_floor
     exp, C = description["experiment"], description["C"]

@@ -100,10 +100,10 @@ def _runner_rate(net, C, batch, precision, device, rounds):
             "runner": runner, "bare": bare, "ratio": ratio}
 
 def runner_rows(
-    quick:bool=False, # small batches
-    device="cpu",     # where to measure
-    rounds:int=7,     # epochs of eight turns
-)->list:              # of dicts
+    quick:bool=False,              # small batches
+    device:str|torch.device="cpu", # where to measure
+    rounds:int=7,                  # epochs of eight turns
+)->list:                           # of dicts
     "Images a second of the runner and of a bare torch loop, training steps only, in turns."
     if quick: return [_runner_rate("resnet18", 10, 16, "fp32", device, rounds)]
     return [_runner_rate(net, C, 256, "bf16", device, rounds) for net, C in _RUNS]
@@ -111,10 +111,10 @@ def runner_rows(
 # %% ../nbs/12h_overhead.ipynb #c013
 #| code-fold: true
 def data_rows(
-    quick:bool=False, # small images, briefly
-    device="cpu",     # of the batched augmentation
-    rounds:int=7,     # not used: each is measured for two seconds
-)->list:              # of dicts
+    quick:bool=False,              # small images, briefly
+    device:str|torch.device="cpu", # of the batched augmentation
+    rounds:int=7,                  # not used: each is measured for two seconds
+)->list:                           # of dicts
     "Images a second of the batched and of the per-image augmentation."
     seconds = .2 if quick else 2.
     rows = []

@@ -27,7 +27,7 @@ def _turn(pic:Image.Image):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return _TURNS.get(pic.getexif().get(274))  # Orientation
+            return _TURNS.get(pic.getexif().get(274, 1))  # Orientation
         except Exception:
             return None
 

@@ -6,7 +6,16 @@
 __all__ = ['line_style', 'plot_collapse', 'plot_margins', 'plot_gram']
 
 # %% ../nbs/06d_plots.ipynb #c003
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
+
+# %% ../nbs/06d_plots.ipynb #c003t
+if TYPE_CHECKING:  # a type's name need not load its library
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from torch import Tensor
 
 # %% ../nbs/06d_plots.ipynb #c006
 _LOOKS = {  # Okabe and Ito's colours, and dashes in units of the line's width
@@ -123,7 +132,7 @@ def _lines(frame):
     return [(part, frame, part, look) for part, look in zip(_PARTS, looks)]
 
 # %% ../nbs/06d_plots.ipynb #c016
-_LEVEL = {"color": "#777777", "linestyle": ":", "linewidth": 1}  # of a value at collapse
+_LEVEL:dict = {"color": "#777777", "linestyle": ":", "linewidth": 1}  # of a value at collapse
 
 def _panel(ax, frame, name, C):
     "One metric against the epoch."
@@ -139,11 +148,11 @@ def _panel(ax, frame, name, C):
     ax.set(xlabel="epoch", ylabel=_WORDS.get(name, name))
 
 def plot_collapse(
-    rows,       # a DataFrame or list of dicts: "epoch" and metrics; perhaps "method" and "seed", too
-    ax=None,    # matplotlib Axes, as many as metrics; new ones when None
-    names=None, # metrics, such as "nc1" or "loss"; when None those of the usual six that rows hold
-    C=None,     # number of classes, for the margin at collapse; not drawn when None
-):              # the Axes: one for one metric, else an array, as `plt.subplots` returns them
+    rows:"pd.DataFrame|Sequence[dict]", # "epoch" and metrics; perhaps "method" and "seed", too
+    ax:"Axes|Iterable|None"=None,       # as many as metrics; new ones when None
+    names:str|Sequence[str]|None=None,  # such as "nc1" or "loss"; of the usual six what rows hold when None
+    C:int|None=None,                    # number of classes, for the margin at collapse; not drawn when None
+)->"Axes|np.ndarray":                   # one for one metric, else an array
     "Collapse metrics (Eqs. 10-16) against the epoch, a panel each."
     from ngc_etf.simplex import check_classes
     if C is not None:
@@ -160,11 +169,11 @@ def plot_collapse(
 
 # %% ../nbs/06d_plots.ipynb #c022
 def plot_margins(
-    margins, # (N,) as `cosine_margins` or `measure_collapse(..., margins=True)["margins"]` gives them
-    C=None,  # number of classes, for the value at collapse, C/(C-1); not drawn when None
-    ax=None, # matplotlib Axes; new ones when None
-    **look,  # keywords of `Axes.plot`: label, color, ...
-):           # the Axes
+    margins:"Tensor|np.ndarray", # (N,) of `cosine_margins`, or of `measure_collapse(..., margins=True)`
+    C:int|None=None,             # number of classes, for the value at collapse, C/(C-1); not drawn when None
+    ax:"Axes|None"=None,         # new ones when None
+    **look:Any,                  # keywords of `Axes.plot`: label, color, ...
+)->"Axes":
     "Cosine margins (Eq. 16), sorted, against the share of the samples."
     import torch
     from ngc_etf.metrics import _matrix
@@ -184,19 +193,19 @@ def plot_margins(
 
 # %% ../nbs/06d_plots.ipynb #c027
 def plot_gram(
-    W,       # (C, d) classifier rows, such as `head.weight` or `linear.weight`
-    ax=None, # matplotlib Axes; new ones when None
-):           # the Axes; its image is ax.images[0], whose colorbar marks -1/(C-1)
+    W:"Tensor|np.ndarray", # (C, d) classifier rows, such as `head.weight` or `linear.weight`
+    ax:"Axes|None"=None,   # new ones when None
+)->"Axes":                 # its image is ax.images[0], whose colorbar marks -1/(C-1)
     "Cosines between the rows of a classifier; -1/(C-1) off the diagonal at collapse. A zero row is blank."
     import torch
     from ngc_etf.metrics import _matrix
     from ngc_etf.simplex import check_classes
-    W = _matrix(torch.as_tensor(W), "W", None, None).detach()
-    check_classes(len(W))
-    level = -1/(len(W) - 1)
-    W = W / W.norm(dim=1, keepdim=True)
+    rows = _matrix(torch.as_tensor(W), "W", None, None).detach()
+    check_classes(len(rows))
+    level = -1/(len(rows) - 1)
+    rows = rows / rows.norm(dim=1, keepdim=True)
     ax, = _own_axes(ax)
-    image = ax.imshow((W @ W.mT).cpu().numpy(), vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
+    image = ax.imshow((rows @ rows.mT).cpu().numpy(), vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
     bar = ax.figure.colorbar(image, ax=ax, label="cosine", ticks=[-1, level, 1], format="%.3g")
     bar.ax.axhline(level, color="black")
     ax.grid(False)

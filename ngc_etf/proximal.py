@@ -6,18 +6,25 @@
 __all__ = ['procrustes_target', 'etf_problem', 'trust_region']
 
 # %% ../nbs/03_proximal.ipynb #c003
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.library import Library, register_fake, register_vmap
 
 from .simplex import canonical_direction
 
+# %% ../nbs/03_proximal.ipynb #c003t
+if TYPE_CHECKING:  # a type's name need not load its library
+    import pymanopt
+
 # %% ../nbs/03_proximal.ipynb #c006
 def procrustes_target(
-    H:Tensor,           # (d, C) normalised centred class means H̃
-    U_prox:Tensor=None, # (d, C) proximal direction; None for problem (6)
-    delta:float=1e-3,   # proximal coefficient, unused without U_prox
-)->Tensor:              # P (d, C)
+    H:Tensor,                # (d, C) normalised centred class means H̃
+    U_prox:Tensor|None=None, # (d, C) proximal direction; None for problem (6)
+    delta:float=1e-3,        # proximal coefficient, unused without U_prox
+)->Tensor:                   # P (d, C)
     "P = 2 H̃ M̃ + δ U_prox: the nearest direction maximises <U, P>. O(dC): M̃ is never built."
     C = H.shape[-1]
     P = (H - H.mean(-1, keepdim=True)) * (2 / (C-1)**0.5)
@@ -25,10 +32,10 @@ def procrustes_target(
 
 # %% ../nbs/03_proximal.ipynb #c010
 def etf_problem(
-    H,            # (d, C) array: normalised centred class means H̃
-    U_prox=None,  # (d, C) array: proximal direction; None for problem (6)
-    delta=1e-3,   # proximal coefficient, unused without U_prox
-):                # `pymanopt.Problem` over the Stiefel manifold of d x C frames
+    H:np.ndarray,                 # (d, C): normalised centred class means H̃
+    U_prox:np.ndarray|None=None,  # (d, C): proximal direction; None for problem (6)
+    delta:float=1e-3,             # proximal coefficient, unused without U_prox
+)->"pymanopt.Problem":            # over the Stiefel manifold of d x C frames
     "Problem (7), or (6) when U_prox is None, with the analytic gradient and Hessian of Eqs. 20-21 and 32."
     import pymanopt
     manifold = pymanopt.manifolds.Stiefel(*H.shape)
@@ -47,13 +54,13 @@ def etf_problem(
 
 # %% ../nbs/03_proximal.ipynb #c012
 def trust_region(
-    H:Tensor,              # (d, C) normalised centred class means H̃
-    U_prox:Tensor=None,    # (d, C) proximal direction; None for problem (6)
-    delta:float=1e-3,      # proximal coefficient, unused without U_prox
-    start:Tensor=None,     # (d, C) first iterate; U_prox, or the canonical direction
-    iterations:int=30,     # at most
-    tolerance:float=1e-12, # stop at this norm of the Riemannian gradient
-)->Tensor:                 # U (d, C), in H's dtype and device; no gradient flows through it
+    H:Tensor,                # (d, C) normalised centred class means H̃
+    U_prox:Tensor|None=None, # (d, C) proximal direction; None for problem (6)
+    delta:float=1e-3,        # proximal coefficient, unused without U_prox
+    start:Tensor|None=None,  # (d, C) first iterate; U_prox, or the canonical direction
+    iterations:int=30,       # at most
+    tolerance:float=1e-12,   # stop at this norm of the Riemannian gradient
+)->Tensor:                   # U (d, C), in H's dtype and device; no gradient flows through it
     "The paper's solver for (6) and (7): Riemannian trust region, in float64 on the CPU."
     if start is None:
         start = canonical_direction(*H.shape).to(H) if U_prox is None else U_prox

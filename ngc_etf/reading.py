@@ -9,6 +9,7 @@ __all__ = ['read_runs', 'load_rows', 'by_experiment', 'check_rows']
 #| code-fold: true
 import json
 import warnings
+from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 
@@ -105,10 +106,11 @@ def _note_strangers(folder, strangers):
     warnings.warn(f"left out, for they are no rows of ngc_train: {names}{more} in {folder}", stacklevel=3)
 
 def read_runs(
-    folder, # searched with all below it
-)->tuple:   # {(experiment, method, seed): dict of path, rows, margins, about}, list of complaints
+    folder:str|Path, # searched with all below it
+)->tuple:            # {(experiment, method, seed): dict of path, rows, margins, about}, list of complaints
     "All runs below a folder, and what is damaged or double among them; a warning names what is not ours."
-    runs, wrong, folder = {}, [], Path(folder)
+    folder, wrong = Path(folder), []
+    runs:dict[tuple, dict] = {}
     tables = [f for f in sorted(folder.rglob("*.csv")) if not f.name.endswith(".margins.csv")]
     tables = [f for f in tables if f.relative_to(folder).parts[0] not in _ELSEWHERE]
     _note_strangers(folder, [f for f in tables if not _of_ours(f)])
@@ -139,8 +141,8 @@ def _ordered(frame):
     return frame.sort_values(columns, key=place, kind="stable", ignore_index=True)
 
 def load_rows(
-    folder, # folder that runs were written to, searched with all below it
-)->tuple:   # rows, margins (data frames), descriptions {"experiment/method-sSEED": dict}
+    folder:str|Path, # folder that runs were written to, searched with all below it
+)->tuple:            # rows, margins (data frames), descriptions {"experiment/method-sSEED": dict}
     "All runs below a folder; a `ValueError` names what is damaged or double."
     runs, wrong = read_runs(folder)
     if wrong: raise ValueError("; ".join(wrong))
@@ -152,7 +154,7 @@ def load_rows(
 
 def by_experiment(
     rows:pd.DataFrame, # of `load_rows`
-):                     # yields (name, rows)
+)->Iterator[tuple]:    # yields (name, rows)
     "Each experiment's name and rows, without the columns that it does not have."
     for name, group in rows.groupby("experiment", sort=False):
         yield name, group.dropna(axis=1, how="all")
@@ -175,10 +177,10 @@ def _gaps(run)->list:
     return out
 
 def check_rows(
-    folder,         # with all below it
-    suite:str=None, # a name of `SUITES`, all of whose runs should be there
-    seeds:int=None, # so many of each; as many as the suite says when None
-)->list:            # complaints
+    folder:str|Path,     # with all below it
+    suite:str|None=None, # a name of `SUITES`, all of whose runs should be there
+    seeds:int|None=None, # so many of each; as many as the suite says when None
+)->list:                 # complaints
     "All that is damaged, double or missing."
     if suite is not None and suite not in SUITES:
         raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {suite!r}")

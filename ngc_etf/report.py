@@ -10,6 +10,7 @@ import argparse
 import html
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -60,7 +61,7 @@ def _all_tables(evidence, verdicts):
 # %% ../nbs/12f_report.ipynb #c010
 #| code-fold: true
 def write_tables(
-    folder,            # where the files go
+    folder:str|Path,   # where the files go
     evidence:Evidence, # of `read_evidence`
 )->list:               # their paths
     "Every table of the report as .md, .tex and .html."
@@ -176,16 +177,16 @@ _LINES = (
 )
 
 def html_report(
-    evidence:Evidence, # of `read_evidence`
-    out,               # folder the report goes to
-    figures=None,      # folder for the figures as files of their own
-)->Path:               # path of index.html
+    evidence:Evidence,          # of `read_evidence`
+    out:str|Path,               # folder the report goes to
+    figures:str|Path|None=None, # folder for the figures as files of their own
+)->Path:                        # path of index.html
     "One self-contained page: verdicts, then figure and table of every experiment, then the paper's tables."
     verdicts = judge(evidence)
     lines = [*sentences(evidence, verdicts), _LINES]
     body = ["<h2>Verdicts</h2>", *(f"<p>{html.escape(line)}</p>" for line in lines)]
     body.append(_wide(verdicts, "claims"))
-    parts = {}
+    parts:dict[str, dict] = {}
     for name, group in by_experiment(evidence.rows):
         parts.setdefault(_base(name) or name, {})[name] = group
     for base, groups in parts.items():
@@ -230,8 +231,8 @@ def _print_report(args):
     _say("\n" + "\n".join(str(f.resolve()) for f in files))
 
 def report_main(
-    argv=None, # the command line's words; `sys.argv` when None
-):
+    argv:Sequence[str]|None=None, # the command line's words; `sys.argv` when None
+)->None:
     "The command `ngc_report`."
     args = _parser().parse_args(argv)
     import matplotlib

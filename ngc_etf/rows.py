@@ -8,14 +8,20 @@ __all__ = ['FORMAT', 'parse_config', 'check_data', 'Rows', 'save_margins']
 # %% ../nbs/11a_rows.ipynb #c003
 #| code-fold: true
 import json
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from .experiment import Experiment
 from .files import _locked, _write_whole
 from .machine import _interruption, _version, environment
+
+# %% ../nbs/11a_rows.ipynb #c003t
+#| code-fold: true
+if TYPE_CHECKING:  # a type's name need not load its library
+    from torch import Tensor
 
 # %% ../nbs/11a_rows.ipynb #c007
 #| code-fold: true
@@ -43,10 +49,10 @@ def _short(value, width=70):
     return text if len(text) <= width else text[:width - 3] + "..."
 
 def check_data(
-    stored, # fingerprint of the data that a run was begun with; None where it is not known
-    now,    # that of the data at hand; None where it is not taken
-    path,   # the file that holds the first
-):
+    stored:dict|None, # fingerprint of the data that a run was begun with; None where it is not known
+    now:dict|None,    # that of the data at hand; None where it is not taken
+    path:Path,        # the file that holds the first
+)->None:
     "A `ValueError` that names what differs between two fingerprints."
     if stored is None or now is None: return
     now = json.loads(json.dumps(now))
@@ -61,7 +67,7 @@ def check_data(
 def _damaged(path, e):
     return ValueError(f"{path} is damaged ({type(e).__name__}): run anew with --again")
 
-def _read_about(path:Path)->dict:
+def _read_about(path:Path)->dict|None:
     "The whole of a stored .json, its description complete, or None."
     if not path.exists(): return None
     try:
@@ -95,21 +101,24 @@ class _Files:
     "The files of one run, and what lies in them."
     def __init__(self,
         exp:Experiment,  # what is run
-        out,             # folder of all results
+        out:str|Path,    # folder of all results
         write:bool=True, # False: only this process's memory, as in all processes but the first
     ):
         base = Path(out) / exp.stem
         suffixes = (".csv", ".json", ".margins.csv", ".ckpt", ".lock")
         paths = [base.with_name(base.name + suffix) for suffix in suffixes]
         self.csv, self.json, self.margins, self.ckpt, self.lock = paths
-        self.exp, self.write, self.rows = exp, write, []
-        self.C, self.data, self.about = None, None, {}  # classes, fingerprint, what the runner adds
+        self.exp, self.write = exp, write
+        self.rows:list[dict] = []
+        self.C:int|None = None      # classes
+        self.data:dict|None = None  # fingerprint
+        self.about:dict = {}        # what the runner adds
 
-    def about_stored(self)->dict:
+    def about_stored(self)->dict|None:
         "The whole of the stored .json, its description complete, or None; a damaged one is named."
         return _read_about(self.json)
 
-    def stored(self)->dict:
+    def stored(self)->dict|None:
         "The description of the run whose rows lie here, or None."
         about = self.about_stored()
         return about and about["experiment"]
@@ -139,12 +148,12 @@ class _Files:
 #| code-fold: true
 class Rows(_Files):
     "The files of one run: `append` rows, `save` them, `checkpoint` and `resume`."
-    def append(self, epoch:int, **values):
+    def append(self, epoch:int, **values:float)->None:
         "One evaluated epoch."
         run = {"experiment": self.exp.name, "method": self.exp.method, "seed": self.exp.seed}
         self.rows.append(run | {"epoch": epoch} | {k: float(v) for k, v in values.items()})
 
-    def save(self):
+    def save(self)->None:
         "Rows and description, as far as the run has come."
         if not (self.rows and self.write): return
         table = pd.DataFrame(self.rows)
@@ -155,7 +164,7 @@ class Rows(_Files):
         text = json.dumps(about, indent=1) + "\n"
         _write_whole(self.json, lambda f: f.write(text.encode()))
 
-    def checkpoint(self, **state):
+    def checkpoint(self, **state:Any)->None:
         "The last one only; all that a resumed run needs."
         if not self.write: return
         import torch
@@ -179,22 +188,22 @@ class Rows(_Files):
         self.rows = state["rows"]
         return state
 
-    def clear(self):
+    def clear(self)->None:
         "Take the files of the run away."
         for path in (self.ckpt, self.csv, self.json, self.margins):
             path.unlink(missing_ok=True)
 
-    def locked(self):
+    def locked(self)->AbstractContextManager:
         "A context in which nobody else runs this cell."
         return _locked(self.lock) if self.write else nullcontext()
 
 # %% ../nbs/11a_rows.ipynb #c021
 #| code-fold: true
 def save_margins(
-    rows:Rows,       # the run's files
-    margins,         # tensor (N,), in any order
-    points:int=501,  # at most so many are kept
-):
+    rows:Rows,         # the run's files
+    margins:"Tensor",  # (N,), in any order
+    points:int=501,    # at most so many are kept
+)->None:
     "The sorted margins of the training samples, at evenly spaced ranks (all of them where there are few)."
     if not rows.write: return
     import torch

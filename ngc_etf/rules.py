@@ -6,6 +6,7 @@
 __all__ = ['Evidence', 'read_evidence', 'Verdict']
 
 # %% ../nbs/12c_rules.ipynb #c003
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -27,10 +28,11 @@ class Evidence(NamedTuple):
     memory:pd.DataFrame  # rows of `ngc_cost memory`
 
 def read_evidence(
-    folder,     # with rows, and perhaps a folder "cost" of `ngc_cost`'s rows
+    folder:str|Path,     # with rows, and perhaps a folder "cost" of `ngc_cost`'s rows
 )->Evidence:
     "All rows below a folder."
-    return Evidence(*load_rows(folder), _read_cost(folder, "methods"), _read_cost(folder, "memory"))
+    rows, margins, about = load_rows(folder)
+    return Evidence(rows, margins, about, _read_cost(folder, "methods"), _read_cost(folder, "memory"))
 
 class Verdict(NamedTuple):
     "What the rows say about a claim."

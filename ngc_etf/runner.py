@@ -11,6 +11,7 @@ import dataclasses
 import importlib.util
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from .team import join_team
 # %% ../nbs/11d_runner.ipynb #c006
 #| code-fold: true
 def on_device(
-    device:str=None, # "cpu", "cuda", "cuda:1"..., or None
+    device:str|None=None, # "cpu", "cuda", "cuda:1"..., or None
 )->str:
     "The device asked for, or a GPU where there is one; a `ValueError` where it is not there."
     if device is None: return "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,11 +46,11 @@ def on_device(
 # %% ../nbs/11d_runner.ipynb #c008
 #| code-fold: true
 def settle_precision(
-    exp:Experiment, # whose precision may be "auto"
-    out,            # folder of the rows
-    device="cpu",   # where it will run
-    root="data",    # folder of the data sets, read only for the sizes of folder:PATH
-)->Experiment:      # with "fp32" or "bf16"
+    exp:Experiment,                # whose precision may be "auto"
+    out:str|Path,                  # folder of the rows
+    device:str|torch.device="cpu", # where it will run
+    root:str|Path="data",          # folder of the data sets, read only for the sizes of folder:PATH
+)->Experiment:                     # with "fp32" or "bf16"
     "The experiment in the precision that it was begun with, or in the faster one."
     if exp.precision != "auto": return exp
     rows = Rows(exp, out)
@@ -145,18 +146,18 @@ def _advice():
 # %% ../nbs/11d_runner.ipynb #c015
 #| code-fold: true
 def run(
-    exp:Experiment,       # what to run
-    out="results",        # folder for the rows
-    root="data",          # folder with the data sets
-    download:bool=False,  # fetch an absent data set through torchvision
-    device:str=None,      # "cpu", "cuda", "cuda:1"...; a GPU where there is one
-    again:bool=False,     # run anew what is done, or what another description has written
-    progress:bool=True,   # one bar a run, on a terminal
-    workers:int=4,        # processes that decode large images
-    compile:bool=False,   # the network through torch.compile
-    tracker:str=None,     # one of `TRACKERS`
-    deadline:float=None,  # stop in time for this `time.time()`, by raising `OutOfTime`
-)->Rows:                  # the run's files
+    exp:Experiment,            # what to run
+    out:str|Path="results",    # folder for the rows
+    root:str|Path="data",      # folder with the data sets
+    download:bool=False,       # fetch an absent data set through torchvision
+    device:str|None=None,      # "cpu", "cuda", "cuda:1"...; a GPU where there is one
+    again:bool=False,          # run anew what is done, or what another description has written
+    progress:bool=True,        # one bar a run, on a terminal
+    workers:int=4,             # processes that decode large images
+    compile:bool=False,        # the network through torch.compile
+    tracker:str|None=None,     # one of `TRACKERS`
+    deadline:float|None=None,  # stop in time for this `time.time()`, by raising `OutOfTime`
+)->Rows:                       # the run's files
     "Run an experiment, or continue it, and write its rows."
     rank, world_size, device = join_team(on_device(device))
     if exp.free and (world_size > 1 or compile or tracker):

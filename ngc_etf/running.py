@@ -6,6 +6,8 @@
 __all__ = ['smoothing', 'Stateful', 'RunningGlobalMean', 'RunningMeans']
 
 # %% ../nbs/02a_running.ipynb #c003
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -15,13 +17,13 @@ from ngc_etf.means import (
 
 # %% ../nbs/02a_running.ipynb #c006
 def smoothing(
-    t:Tensor,       # step, from 1
-    alpha="paper",  # "paper": max(2/(t+1), 1e-4); "cumulative": 1/t; or a constant in (0, 1]
-)->Tensor:          # the smoothing factor alpha_t; 1 at t = 1 whatever the choice
+    t:Tensor,                 # step, from 1
+    alpha:str|float="paper",  # "paper": max(2/(t+1), 1e-4); "cumulative": 1/t; or a constant in (0, 1]
+)->Tensor:                    # the smoothing factor alpha_t; 1 at t = 1 whatever the choice
     "The smoothing factor of Eq. 9 at step t."
     if alpha == "paper": return (2 / (t+1)).clamp(min=1e-4)
     if alpha == "cumulative": return 1 / t
-    return torch.where(t == 1, torch.ones_like(t, dtype=torch.float32), alpha)
+    return torch.where(t == 1, torch.ones_like(t, dtype=torch.float32), float(alpha))
 
 def _check_alpha(alpha):
     "A `ValueError` for what `smoothing` does not know."
@@ -51,10 +53,13 @@ class Stateful(nn.Module):
 # %% ../nbs/02a_running.ipynb #c013
 class RunningGlobalMean(Stateful):
     "The batch's global mean (with gradient), and a running one for evaluation; all state in buffers."
+    t:Tensor   # steps so far, a whole number
+    h_G:Tensor # (d,) the running mean
+
     def __init__(self,
         d:int,              # feature dimension
         momentum:float=0.1, # weight of a new batch, as in BatchNorm; 1/t while that is larger
-        validate=True,      # check that the features are finite (on a GPU one step late, without a stall)
+        validate:bool=True, # check that the features are finite (on a GPU one step late, without a stall)
     ):
         super().__init__()
         if not 0 < momentum <= 1: raise ValueError(f"momentum must lie in (0, 1], got {momentum}")
@@ -63,7 +68,7 @@ class RunningGlobalMean(Stateful):
         self.register_buffer("h_G", torch.zeros(d))
 
     @torch.no_grad()
-    def update(self, h_G:Tensor, used:Tensor):
+    def update(self, h_G:Tensor, used:Tensor)->None:
         "One step of the running mean, in place; none where `used`, a whole number, is 0."
         self.t.add_(used)
         share = (1 / self.t.clamp(min=1)).clamp(min=self.momentum) * used
@@ -101,11 +106,15 @@ def _sums(h, y, C, check):
 # %% ../nbs/02a_running.ipynb #c021
 class RunningMeans(Stateful):
     "Eq. 9: the moving average of the centred class means; all state in buffers, updated in place."
+    t:Tensor     # steps so far, a whole number
+    H_bar:Tensor # (d, C) the averaged means
+    seen:Tensor  # (C,) samples of each class so far
+
     def __init__(self,
-        d:int,         # feature dimension
-        C:int,         # number of classes
-        alpha="paper", # smoothing factor: "paper", "cumulative", or a constant in (0, 1]
-        validate=True, # check labels and features (on a GPU one step late, without a stall)
+        d:int,                   # feature dimension
+        C:int,                   # number of classes
+        alpha:str|float="paper", # smoothing factor: "paper", "cumulative", or a constant in (0, 1]
+        validate:bool=True,      # check labels and features (on a GPU one step late, without a stall)
     ):
         super().__init__()
         _check_alpha(alpha)
@@ -139,9 +148,9 @@ class RunningMeans(Stateful):
 
     def steps(self)->int:
         "Steps so far, as a number: waits for a GPU."
-        return self.t.item()
+        return int(self.t.item())
 
-    def train(self, mode:bool=True):
+    def train(self, mode:bool=True)->Self:
         "As in `nn.Module`; an error that is still on its way from a GPU is waited for."
         if mode != self.training and self.check is not None:
             self.check.raise_late(wait=True)

@@ -13,9 +13,9 @@ from .lapack import qr
 
 # %% ../nbs/01_simplex.ipynb #c006
 def check_classes(
-    C:int,       # number of classes
-    d:int=None,  # feature dimension, where there is one
-):
+    C:int,            # number of classes
+    d:int|None=None,  # feature dimension, where there is one
+)->None:
     "A `ValueError` unless 2 <= C and, where d is given, C <= d: the simplex ETF needs that room (Eq. 1)."
     if C < 2: raise ValueError(f"a simplex ETF needs at least 2 classes, got C={C}")
     if d is not None and d < C:
@@ -24,32 +24,32 @@ def check_classes(
                          f"e.g. with nn.Linear({d}, {C})")
 
 def centring(
-    C:int,       # number of classes, at least 2
-    dtype=None,  # as in `torch.eye`
-    device=None, # as in `torch.eye`
-)->Tensor:       # Π (C, C)
+    C:int,                             # number of classes, at least 2
+    dtype:torch.dtype|None=None,       # as in `torch.eye`
+    device:torch.device|str|None=None, # as in `torch.eye`
+)->Tensor:                             # Π (C, C)
     "The projector Π = I - 11'/C that removes the mean over classes."
     check_classes(C)
     return torch.eye(C, dtype=dtype, device=device) - 1/C
 
 # %% ../nbs/01_simplex.ipynb #c009
 def standard_etf(
-    C:int,       # number of classes, at least 2
-    dtype=None,  # as in `torch.eye`
-    device=None, # as in `torch.eye`
-)->Tensor:       # M̃ (C, C): symmetric, rank C-1, unit Frobenius norm
+    C:int,                             # number of classes, at least 2
+    dtype:torch.dtype|None=None,       # as in `torch.eye`
+    device:torch.device|str|None=None, # as in `torch.eye`
+)->Tensor:                             # M̃ (C, C): symmetric, rank C-1, unit Frobenius norm
     "The standard simplex ETF of §3.1."
     return centring(C, dtype, device) / (C-1)**0.5
 
 # %% ../nbs/01_simplex.ipynb #c013
 def simplex_etf(
-    C:int,           # number of classes, at least 2
-    d:int=None,      # dimension the columns live in, at least C; C when None
-    U:Tensor=None,   # (d, C) orthonormal columns; the canonical direction when None
-    alpha:float=1.,  # norm of each column, positive
-    dtype=None,      # as in `torch.eye`; U's own when U is given
-    device=None,     # as in `torch.eye`; U's own when U is given
-)->Tensor:           # M (d, C)
+    C:int,                              # number of classes, at least 2
+    d:int|None=None,                    # dimension the columns live in, at least C; C when None
+    U:Tensor|None=None,                 # (d, C) orthonormal columns; the canonical direction when None
+    alpha:float=1.,                     # norm of each column, positive
+    dtype:torch.dtype|None=None,        # as in `torch.eye`; U's own when U is given
+    device:torch.device|str|None=None,  # as in `torch.eye`; U's own when U is given
+)->Tensor:                              # M (d, C)
     "The simplex ETF M = alpha sqrt(C/(C-1)) U Π of Eq. 1; differentiable in U."
     if not alpha > 0:
         raise ValueError(f"alpha is the norm of each column and must be positive, got alpha={alpha}")
@@ -63,22 +63,22 @@ def simplex_etf(
 
 # %% ../nbs/01_simplex.ipynb #c015
 def canonical_direction(
-    d:int,       # feature dimension, at least C
-    C:int,       # number of classes, at least 2
-    dtype=None,  # as in `torch.eye`
-    device=None, # as in `torch.eye`
-)->Tensor:       # U (d, C): the identity above d-C rows of zeros
+    d:int,                             # feature dimension, at least C
+    C:int,                             # number of classes, at least 2
+    dtype:torch.dtype|None=None,       # as in `torch.eye`
+    device:torch.device|str|None=None, # as in `torch.eye`
+)->Tensor:                             # U (d, C): the identity above d-C rows of zeros
     "The first C coordinate axes of R^d (§4, initialisation schemes)."
     check_classes(C, d)
     return torch.eye(d, C, dtype=dtype, device=device)
 
 def haar_direction(
-    d:int,           # feature dimension, at least C
-    C:int,           # number of classes, at least 2
-    generator=None,  # `torch.Generator`, for a reproducible draw; on its own device
-    dtype=None,      # as in `torch.randn`
-    device=None,     # as in `torch.randn`
-)->Tensor:           # U (d, C), orthonormal columns
+    d:int,                                # feature dimension, at least C
+    C:int,                                # number of classes, at least 2
+    generator:torch.Generator|None=None,  # for a reproducible draw; on its own device
+    dtype:torch.dtype|None=None,          # as in `torch.randn`
+    device:torch.device|str|None=None,    # as in `torch.randn`
+)->Tensor:                                # U (d, C), orthonormal columns
     "A direction drawn uniformly from the Stiefel manifold (§4; Mezzadri 2007)."
     check_classes(C, d)
     where = generator.device if generator is not None else device

@@ -10,7 +10,10 @@ __all__ = ['make_head', 'Network', 'network', 'open_data', 'make_loaders', 'Trai
 #| code-fold: true
 import copy
 import warnings
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +24,7 @@ from .adjoint import scale_free_delta
 from .agd import AGD
 from .batches import loaders
 from .catalogue import UFM, find_data
-from .data import balanced_labels, load_data, with_long_tail
+from .data import TensorData, balanced_labels, load_data, with_long_tail
 from .evaluation import measure_collapse
 from .experiment import METHODS, Experiment
 from .folders import FolderData, folder_data, folder_loaders
@@ -40,10 +43,10 @@ def _head_fields(exp, C):
     return same | {"delta": delta}
 
 def make_head(
-    exp,        # `Experiment`, or the name of a method
-    d:int,      # feature dimension
-    C:int,      # number of classes
-    **changes,  # arguments of the head's class
+    exp:Experiment|str,  # or the name of a method
+    d:int,               # feature dimension
+    C:int,               # number of classes
+    **changes:Any,       # arguments of the head's class
 )->Head:
     "The head of a method; of an experiment, with its tau, delta, alpha and start."
     if isinstance(exp, str):
@@ -57,7 +60,7 @@ def make_head(
 #| code-fold: true
 class Network(nn.Module):
     "Body, then head; the body under autocast where the precision is bf16, the head never."
-    def __init__(self, body:nn.Module, head:nn.Module, precision:str="fp32"):
+    def __init__(self, body:nn.Module, head:Head, precision:str="fp32"):
         super().__init__()
         self.body, self.head, self.precision = body, head, precision
 
@@ -71,10 +74,10 @@ class Network(nn.Module):
         return self.head(at_least_float32(h))
 
 def network(
-    exp:Experiment, # names network and method
-    C:int,          # number of classes
-    device="cpu",   # where it lives
-    **changes,      # of the head, as in `make_head`
+    exp:Experiment,                # names network and method
+    C:int,                         # number of classes
+    device:str|torch.device="cpu", # where it lives
+    **changes:Any,                 # of the head, as in `make_head`
 )->Network:
     "The network of an experiment, drawn from its seed."
     torch.manual_seed(exp.seed)
@@ -82,7 +85,7 @@ def network(
     if exp.project:
         trunk, d = nn.Sequential(trunk, nn.Linear(d, C, bias=False)), C
     net = Network(trunk, make_head(exp, d, C, **changes), exp.precision)
-    return net.to(device, memory_format=torch.channels_last)
+    return net.to(device).to(memory_format=torch.channels_last)
 
 # %% ../nbs/11b_step.ipynb #c014
 #| code-fold: true
@@ -106,28 +109,28 @@ def _make_optimizer(
 # %% ../nbs/11b_step.ipynb #c018
 #| code-fold: true
 def open_data(
-    exp:Experiment,      # names the data set
-    root="data",         # folder of all data sets
-    download:bool=False, # fetch an absent one
-):                       # `TensorData` or `FolderData`
+    exp:Experiment,       # names the data set
+    root:str|Path="data", # folder of all data sets
+    download:bool=False,  # fetch an absent one
+)->TensorData|FolderData:
     "The data set of an experiment, its tail cut."
     if exp.large: return folder_data(exp.data, root, exp.size)
     data = load_data(exp.data, root, download)
     return with_long_tail(data, exp.tail) if exp.tail > 1 else data
 
 def make_loaders(
-    exp:Experiment,   # batch size, seed, sampler
-    data,             # of `open_data`
-    device="cpu",     # where batches go
-    workers:int=4,    # processes that decode large images
-    rank:int=0,       # this process
-    world_size:int=1, # number of processes
-)->tuple:             # fastai's DataLoaders, and {"train", "train_eval", "test"}
+    exp:Experiment,                # batch size, seed, sampler
+    data:TensorData|FolderData,    # of `open_data`
+    device:str|torch.device="cpu", # where batches go
+    workers:int=4,                 # processes that decode large images
+    rank:int=0,                    # this process
+    world_size:int=1,              # number of processes
+)->tuple:                          # fastai's DataLoaders, and {"train", "train_eval", "test"}
     "The loaders of an experiment."
     if exp.batch_size % world_size:
         raise ValueError("batch_size must be a multiple of the number of processes, "
                          f"got {exp.batch_size} and {world_size}")
-    make = partial(folder_loaders, workers=workers) if isinstance(data, FolderData) else loaders
+    make:Callable = partial(folder_loaders, workers=workers) if isinstance(data, FolderData) else loaders
     dls = make(data, exp.batch_size // world_size, device, exp.seed, stratified=exp.stratified, rank=rank,
                world_size=world_size, clean=exp.clean)
     return dls, {"train": dls.train, "train_eval": dls[2], "test": dls.valid}
@@ -153,13 +156,13 @@ class TrainingStep:
         self.exp, self.model, self.head, self.x, self.y = exp, model, model.head, x, y
         free = [x] if isinstance(x, nn.Parameter) else []
         self.opt, self.loss = _make_optimizer(exp, [*free, *model.parameters()]), _loss_function(exp)
-        if exp.optimizer == "agd":
+        if isinstance(self.opt, AGD):
             self.opt.init_weights()
 
     def step(self,
-        x:Tensor=None, # another batch than the own one
-        y:Tensor=None, # its labels
-    )->Tensor:         # the loss before the step, detached
+        x:Tensor|None=None, # another batch than the own one
+        y:Tensor|None=None, # its labels
+    )->Tensor:              # the loss before the step, detached
         "One training step: forward, backward, optimiser."
         if x is None:
             x, y = self.x, self.y
@@ -181,15 +184,15 @@ class TrainingStep:
 # %% ../nbs/11b_step.ipynb #c024
 #| code-fold: true
 def build_step(
-    exp:Experiment, # what is trained
-    device="cpu",   # where
-    data=None,      # of `open_data`, for its first batch; an invented batch when None
-    root="data",    # folder of the data sets, read only for the sizes of folder:PATH
-    **changes,      # of the head, as in `make_head`
+    exp:Experiment,                       # what is trained
+    device:str|torch.device="cpu",        # where
+    data:TensorData|FolderData|None=None, # of `open_data`, for its first batch; an invented batch when None
+    root:str|Path="data",                 # folder of the data sets, read only for the sizes of folder:PATH
+    **changes:Any,                        # of the head, as in `make_head`
 )->TrainingStep:
     "The network, loss and optimiser of an experiment, and a batch to step on."
     if exp.free: return _free_step(exp, device, **changes)
-    C, _, _, shape = _sizes(exp, root) if data is None else (data.C, 0, 0, None)
+    C, _, _, shape = _sizes(exp, root) if data is None else (data.C, 0, 0, ())
     net, n = network(exp, C, device, **changes), exp.batch_size
     if data is None:
         x, y = torch.randn(n, *shape, device=device), balanced_labels(C, max(n, C), device)[:n]
@@ -211,7 +214,7 @@ def _free_step(exp, device="cpu", **changes):
 def restore(
     net:nn.Module, # the network
     state:dict,    # of its `state_dict`
-):
+)->None:
     "Load a state to the last bit: `load_state_dict` may project the weights that it loads once more."
     net.load_state_dict(state)
     for name, value in net.state_dict().items():

@@ -8,6 +8,7 @@ __all__ = ['NeuralCollapse']
 # %% ../nbs/06b_streaming.ipynb #c003
 import math
 from operator import itemgetter
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,11 @@ def _with_classifier(W, b, H_bar, h_G):
 # %% ../nbs/06b_streaming.ipynb #c016
 class _Moments(Metric):
     "The four moments of a stream of features, on one process or several."
+    count:Tensor   # (C,)
+    mean:Tensor    # (C, d)
+    spread:Tensor  # (C,)
+    scatter:Tensor # (d, d), or empty
+
     full_state_update, higher_is_better, is_differentiable = False, None, False
 
     def __init__(self, C, d, dtype, scatter, **kwargs):
@@ -96,8 +102,8 @@ class _Moments(Metric):
 
     def _moments(self)->tuple:
         "The moments, during a synchronisation those of all processes, in float64."
-        t = [_f64(getattr(self, name)) for name in _MOMENTS]
-        t = _chan(*t) if t[0].ndim > 1 else tuple(t)
+        parts = [_f64(getattr(self, name)) for name in _MOMENTS]
+        t = _chan(*parts) if parts[0].ndim > 1 else tuple(parts)
         if t[0].sum() == 0:
             self._refuse("NeuralCollapse needs at least one sample, got none: call update first")
         if not t[2].isfinite().all():
@@ -130,6 +136,14 @@ def _verdicts(rule, h, y):
 # %% ../nbs/06b_streaming.ipynb #c020
 class _Ruled(_Moments):
     "A rule, and the sums of the verdicts under it."
+    rule_W:Tensor
+    rule_b:Tensor
+    rule_h_G:Tensor
+    rule_given:Tensor
+    tally:Tensor
+    margin_min:Tensor
+    margin_hist:Tensor
+
     def __init__(self, C, d, dtype, scatter, bins, **kwargs):
         super().__init__(C, d, dtype, scatter, **kwargs)
         self.bins = bins
@@ -172,17 +186,17 @@ class _Ruled(_Moments):
 class _Judge(_Ruled):
     "How a rule is made, and how two metrics become one."
     def judge(self,
-        W:Tensor,          # (C, d) classifier rows
-        b:Tensor=None,     # (C,) bias; zero when None
-        means:Tensor=None, # (C, d) class means, not centred; those seen so far when None
-        h_G:Tensor=None,   # (d,) global mean, given together with the means
-    ):
+        W:Tensor,               # (C, d) classifier rows
+        b:Tensor|None=None,     # (C,) bias; zero when None
+        means:Tensor|None=None, # (C, d) class means, not centred; those seen so far when None
+        h_G:Tensor|None=None,   # (d,) global mean, given together with the means
+    )->None:
         "From now on `update` judges samples for NC4 and margins; with given means it counts them too."
         if (means is None) != (h_G is None):
             raise ValueError(f"means and h_G go together, got only {'h_G' if means is None else 'means'}")
         given = means is not None
         W, b = _rows(W, b, self.C, self.d)
-        if given:
+        if means is not None and h_G is not None:
             means, h_G = _matrix(means, "means", self.C, self.d), _matrix(h_G, "h_G", self.d)
             n = W.new_ones(self.C)
         else:
@@ -192,33 +206,34 @@ class _Judge(_Ruled):
         T = _padded_dual(means, h_G, n, torch.finfo(self.mean.dtype).eps)
         self._set_rule(W, b, means, h_G, n > 0, T, torch.ones(int(given)))
 
-    def merge_state(self, incoming):
+    def merge_state(self, incoming:dict[str, Any]|Metric)->None:
         "Add what another `NeuralCollapse` has seen; where both have judged, it was by one rule."
-        theirs = incoming.metric_state if isinstance(incoming, Metric) else incoming
-        pair = {k: [v, theirs[k].to(v.device)] for k, v in self.metric_state.items()}
+        theirs:dict = incoming.metric_state if isinstance(incoming, Metric) else incoming
+        ours:dict = self.metric_state
+        pair = {k: [v, theirs[k].to(v.device)] for k, v in ours.items()}
         rules = [pair.pop(f"rule_{name}") for name in _RULE]
         if self.judging and len(rules[0][1]) and not all(torch.equal(*r) for r in rules):
             raise ValueError("the metrics to merge must have been judged by one rule, got two different ones")
-        pair = {k: torch.stack([a, b.to(a)]) for k, (a, b) in pair.items()}
+        both = {k: torch.stack([a, b.to(a)]) for k, (a, b) in pair.items()}
         if not self.judging:
             self._set_rule(*(r[1] for r in rules))
         self._update_count += 1
-        for name, t in zip(_MOMENTS, _chan(*(pair[k] for k in _MOMENTS))):
+        for name, t in zip(_MOMENTS, _chan(*(both[k] for k in _MOMENTS))):
             setattr(self, name, t)
-        self.tally, self.margin_hist = pair["tally"].sum(0), pair["margin_hist"].sum(0)
-        self.margin_min = pair["margin_min"].amin(0)
+        self.tally, self.margin_hist = both["tally"].sum(0), both["margin_hist"].sum(0)
+        self.margin_min = both["margin_min"].amin(0)
 
 # %% ../nbs/06b_streaming.ipynb #c024
 class NeuralCollapse(_Judge):
     "All metrics of these chapters from batches of the head's features; `judge` adds NC4 and margins."
     def __init__(self,
-        C:int,               # number of classes, at least 2
-        d:int,               # feature dimension
-        dtype=torch.float64, # of the states; float32 for a device that has no float64
-        bins:int=0,          # bins of a histogram of the margins over [-2, 2]; none when 0
-        scatter:bool=True,   # keep the d x d scatter; where False, nc1 too comes from the second pass
-        validate:bool=True,  # look at every batch's values; False saves a GPU a few synchronisations a batch
-        **kwargs,            # as in `torchmetrics.Metric`
+        C:int,                           # number of classes, at least 2
+        d:int,                           # feature dimension
+        dtype:torch.dtype=torch.float64, # of the states; float32 for a device that has no float64
+        bins:int=0,                      # bins of a histogram of the margins over [-2, 2]; none when 0
+        scatter:bool=True,               # keep the d x d scatter; else nc1 too comes from the second pass
+        validate:bool=True,              # look at every batch's values; False saves a GPU some waiting
+        **kwargs:Any,                    # as in `torchmetrics.Metric`
     ):
         check_classes(C)
         if d < 1: raise ValueError(f"d, the feature dimension, must be positive, got d={d}")
@@ -232,7 +247,7 @@ class NeuralCollapse(_Judge):
         "As in `Metric`, without the state that only keeps metrics apart."
         return {k: getattr(self, k) for k in self._defaults if k != "apart"}
 
-    def update(self, h:Tensor, y:Tensor):
+    def update(self, h:Tensor, y:Tensor)->None:
         "Take in a batch: features (N, d), labels (N,) or (N, 1)."
         y = _batch(h, y, self.C, self.d)[1] if self.validate else as_labels(y, len(h), self.C)
         y = y.to(h.device)
@@ -241,12 +256,13 @@ class NeuralCollapse(_Judge):
         if not self.judging or self.rule_given.numel():
             self._count(h, y)
 
-    def forward(self, h:Tensor, y:Tensor):
+    def forward(self, h:Tensor, y:Tensor)->None:
         self.update(h, y)
 
-    def compute(self, W:Tensor=None, b:Tensor=None)->dict:
+    def compute(self, W:Tensor|None=None, b:Tensor|None=None)->dict:
         "Scalars by name: with W or after `judge` also the classifier's, after `judge` nc4 and margins."
-        out, H_bar, h_G = _from_moments(*self._moments(), torch.finfo(self.mean.dtype).eps)
+        counts, means, spread, S = self._moments()
+        out, H_bar, h_G = _from_moments(counts, means, spread, S, torch.finfo(self.mean.dtype).eps)
         if self.judging:
             W, b = self.rule_W if W is None else W, self.rule_b if b is None else b
         if W is not None:

@@ -9,13 +9,15 @@ __all__ = ['STREAMS', 'measure_streams', 'write_streams', 'compare_ways']
 #| code-fold: true
 import copy
 import dataclasses
-
+from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 import pandas as pd
 import torch
 
 from .batches import loaders
+from .data import TensorData
 from .evaluation import measure_collapse
 from .experiment import Experiment, get_experiment
 from .heads import NearestETFHead, _proximal
@@ -56,9 +58,9 @@ def _spectrum_of(head, U_prox, first):
 
 # %% ../nbs/11i_streams.ipynb #c010
 #| code-fold: true
-def _watch_step(training, x, y, use_stream)->dict:
+def _watch_step(training, params, x, y, use_stream)->dict:
     "One training step and what is to be seen in it."
-    model, head, params = training.model, training.head, training.params
+    model, head = training.model, training.head
     model.train()
     h = model.body(x)
     before, U_prox, first = head.weight.clone(), head.U_prox.clone(), head.means.steps() == 0
@@ -81,28 +83,28 @@ def _watch_step(training, x, y, use_stream)->dict:
 # %% ../nbs/11i_streams.ipynb #c012
 #| code-fold: true
 def measure_streams(
-    exp:Experiment,     # a method that begins with "nearest"; its `lag`, `alpha`, ... are the head's
-    root="data",        # folder of the data sets
-    samples:int=None,   # train on the first so many only
-    from_step:int=1,    # the indirect stream is used from this step on, counted from 1
-)->pd.DataFrame:        # a row for each step: loss, accuracies, ratio and cosine, spectrum of P, change of W
+    exp:Experiment,          # a method that begins with "nearest"; its `lag`, `alpha`, ... are the head's
+    root:str|Path="data",    # folder of the data sets
+    samples:int|None=None,   # train on the first so many only
+    from_step:int=1,         # the indirect stream is used from this step on, counted from 1
+)->pd.DataFrame:             # a row a step: loss, accuracies, ratio and cosine, spectrum of P, change of W
     "Train, and measure both gradient streams at every step (Eq. 8, Figs. 1 and 15)."
     if not exp.method.startswith("nearest"):
         raise ValueError(f"method must be nearest or nearest-no-ddn, got {exp.method!r}")
     if exp.large or exp.net == "":
         raise ValueError(f"data must be a set of labelled samples in memory, got {exp.data!r}")
-    data = open_data(exp, root)
+    data = cast(TensorData, open_data(exp, root))
     if samples is not None:
         x, y = data.train
         data = dataclasses.replace(data, train=(x[:samples], y[:samples]))
     dls = loaders(data, exp.batch_size, "cpu", exp.seed, stratified=exp.stratified, clean=exp.clean)
     training = TrainingStep(exp, network(exp, data.C), *next(iter(dls.train)))
-    training.params = [p for p in training.model.parameters() if p.requires_grad]
-    rows = []
+    params = [p for p in training.model.parameters() if p.requires_grad]
+    rows:list[dict] = []
     for epoch in range(1, exp.epochs + 1):
         for x, y in dls.train:
             use = exp.method == "nearest" and len(rows) + 1 >= from_step
-            rows.append({"epoch": epoch, "step": len(rows) + 1, **_watch_step(training, x, y, use)})
+            rows.append({"epoch": epoch, "step": len(rows) + 1, **_watch_step(training, params, x, y, use)})
         model = training.model.eval()
         rows[-1]["train_top1"] = measure_collapse(model, dls[2])["top1"]
         rows[-1]["test_top1"] = measure_collapse(model, dls.valid)["top1"]
@@ -111,7 +113,7 @@ def measure_streams(
 
 # %% ../nbs/11i_streams.ipynb #c020
 #| code-fold: true
-STREAMS = {
+STREAMS:dict[str, dict] = {
     "both": {},
     "direct": {"method": "nearest-no-ddn"},
     "later": {},
@@ -121,20 +123,20 @@ STREAMS = {
 }
 
 def write_streams(
-    exp:Experiment,    # what is trained
-    folder,            # where the files go, one for each way and seed
-    seeds:int=5,       # 0 to seeds-1
-    ways=STREAMS,      # names of `STREAMS`
-    root="data",       # folder of the data sets
-    samples:int=None,  # train on the first so many only
-):
+    exp:Experiment,              # what is trained
+    folder:str|Path,             # where the files go, one for each way and seed
+    seeds:int=5,                 # 0 to seeds-1
+    ways:Iterable[str]=STREAMS,  # names of `STREAMS`
+    root:str|Path="data",        # folder of the data sets
+    samples:int|None=None,       # train on the first so many only
+)->None:
     "Measure the streams for each way and seed, unless its file is there."
     for seed in range(seeds):
         for way in ways:
             path = Path(folder)/f"{exp.name}-{way.replace(' ', '-')}-s{seed}.csv"
             if path.exists(): continue
             run = dataclasses.replace(exp, seed=seed, **STREAMS[way])
-            per_epoch = (samples or len(open_data(run, root).train[1])) // run.batch_size
+            per_epoch = (samples or len(cast(TensorData, open_data(run, root)).train[1])) // run.batch_size
             rows = measure_streams(run, root, samples, 2*per_epoch + 1 if way == "later" else 1)
             path.parent.mkdir(parents=True, exist_ok=True)
             about = {"way": way, "commit": environment()["commit"], "torch": torch.__version__}

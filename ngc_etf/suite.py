@@ -12,8 +12,10 @@ import re
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 import pandas as pd
 
@@ -25,7 +27,7 @@ from .rows import Rows
 #| code-fold: true
 def state(
     exp:Experiment,  # a cell
-    out,             # folder of the rows
+    out:str|Path,    # folder of the rows
 )->str:              # "done", "missing", "epoch 12 of 200", or what is wrong
     "How far a cell has come."
     rows = Rows(exp, out)
@@ -44,9 +46,9 @@ def _share(said):
     return int(found[1]) / int(found[2]) if found else 0.
 
 def to_do(
-    cells,  # of `suite_cells`
-    out,    # folder of the rows
-)->list:    # those that are not done, the most advanced first
+    cells:Iterable[Experiment],  # of `suite_cells`
+    out:str|Path,                # folder of the rows
+)->list:                         # those that are not done, the most advanced first
     "What is left of a suite, next first."
     states = [(state(exp, out), exp) for exp in cells]
     left = [(_share(said), exp) for said, exp in states if said != "done"]
@@ -78,8 +80,8 @@ def _complaint(e:BaseException)->str:
 # %% ../nbs/11e_suite.ipynb #c012
 #| code-fold: true
 def run_cells(
-    cells,           # of `Experiment`
-    run,             # Experiment -> Rows
+    cells:Sequence[Experiment],
+    run:Callable[[Experiment], Rows],
     trace:bool=False, # print where an error came from
 )->Outcome:
     "Run all; one that fails does not stop the others."
@@ -106,10 +108,12 @@ def run_cells(
 #| code-fold: true
 class PeakMemory:
     "Highest memory within a `with` block: `gigabytes` of the allocator on a GPU, of the process elsewhere."
-    def __init__(self, device):
+    gigabytes:float
+
+    def __init__(self, device:str):
         self.gpu = str(device).startswith("cuda")
 
-    def __enter__(self):
+    def __enter__(self)->Self:
         if self.gpu:
             import torch
             torch.cuda.reset_peak_memory_stats()
@@ -120,14 +124,14 @@ class PeakMemory:
             pass
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc:object)->None:
         if self.gpu:
             import torch
             self.gigabytes = torch.cuda.max_memory_allocated() / 2**30
             return
         try:
             status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
-            self.gigabytes = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**20
+            self.gigabytes = int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) / 2**20
         except OSError:
             import resource
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -149,12 +153,12 @@ def _whole_run(exp, train, test, step, evaluate)->float:
 # %% ../nbs/11e_suite.ipynb #c020
 #| code-fold: true
 def estimate(
-    exp:Experiment,  # a cell
-    root="data",     # folder of the data sets; read only for folder:PATH
-    device="cpu",    # where it would run
-    compile=False,   # the network through torch.compile
-    n:int=3,         # steps to time
-)->dict:             # samples/s of training, hours of the whole run, peak memory in GB
+    exp:Experiment,        # a cell
+    root:str|Path="data",  # folder of the data sets; read only for folder:PATH
+    device:str="cpu",      # where it would run
+    compile:bool=False,    # the network through torch.compile
+    n:int=3,               # steps to time
+)->dict:                   # samples/s of training, hours of the whole run, peak memory in GB
     "What a run would cost, from a few steps of it on invented data."
     from ngc_etf.step import _sizes, build_step, compile_network
     _, train, test, _ = _sizes(exp, root)
@@ -231,10 +235,10 @@ def _in_words(seconds):
     return f"{max(10, round(seconds, -1)):.0f} seconds"
 
 def forecast(
-    cells,        # of `Experiment`
-    out,          # folder of the rows, which say how much of a cell is over
-    root="data",  # folder of the data sets
-    device="cpu", # where they would run
+    cells:Sequence[Experiment],
+    out:str|Path,         # folder of the rows, which say how much of a cell is over
+    root:str|Path="data", # folder of the data sets
+    device:str="cpu",     # where they would run
 )->str:
     "About how long the cells will take, one after the other, in a sentence."
     from ngc_etf.step import _sizes

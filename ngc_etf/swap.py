@@ -6,8 +6,11 @@
 __all__ = ['swap_head']
 
 # %% ../nbs/05b_swap.ipynb #c003
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .classifier import _CannotRun, _part, _size, last_linear
 from .heads import Head, NearestETFHead
@@ -31,20 +34,22 @@ def _new_head(make, d:int, C:int, project:bool)->tuple:
 def _reset_classes(model:nn.Module, name:str, C:int)->None:
     "Another number of classes for the outermost part of the model that knows its classifier, as timm's do."
     layer = model.get_submodule(name)
+    part:Any  # knows more than nn.Module does
     for part in model.modules():
         theirs = part.get_classifier() if hasattr(part, "get_classifier") else None
         if isinstance(theirs, nn.Module) and any(m is layer for m in theirs.modules()):
-            return part.reset_classifier(C)
+            part.reset_classifier(C)
+            return
 
 # %% ../nbs/05b_swap.ipynb #c007
 def swap_head(
-    model:nn.Module,    # model that ends in nn.Linear or in one of our heads
-    head=None,          # a Head, or a callable (d, C) -> Head; `NearestETFHead` when None
-    at:str="",          # as in `last_linear`
-    C:int=None,         # number of classes; the layer's own when None
-    project:bool=False, # where d < C, put a trainable projection to C dimensions before the head
-    example=None,       # as in `last_linear`
-)->tuple:               # model, head, and a sentence that says what was exchanged ("" where a head was there)
+    model:nn.Module,                        # model that ends in nn.Linear or in one of our heads
+    head:Head|Callable|None=None,           # a Head, or (d, C) -> Head; `NearestETFHead` when None
+    at:str="",                              # as in `last_linear`
+    C:int|None=None,                        # number of classes; the layer's own when None
+    project:bool=False,                     # where d < C, a trainable projection to C dimensions before it
+    example:Tensor|tuple|Mapping|None=None, # as in `last_linear`
+)->tuple:                                   # model, head, and in words what was exchanged, if anything
     "Exchange the model's classifier for a head of the same d and C; one of our heads stays."
     name = last_linear(model, at, example)
     old = model.get_submodule(name)

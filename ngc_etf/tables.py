@@ -6,6 +6,7 @@
 __all__ = ['TABLES_1_2', 'TABLE_3', 'PAPER', 'Cell', 'accuracy_table', 'verdict_table', 'memory_table']
 
 # %% ../nbs/12a_tables.ipynb #c003
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,12 +74,12 @@ class Cell(NamedTuple):
     seeds:int
 
     @classmethod
-    def of(cls, values):
+    def of(cls, values:Iterable)->"Cell|None":
         "The cell of some numbers, None where there is none."
         v = [float(x) for x in values if not pd.isna(x)]
         return cls(float(np.median(v)), min(v), max(v), len(v)) if v else None
 
-    def __str__(self):
+    def __str__(self)->str:
         spread = f" [{self.least:.1f}, {self.greatest:.1f}]" if self.seeds > 1 else ""
         return f"{self.median:.2f}{spread} ({self.seeds})"
 
@@ -173,9 +174,9 @@ def _order(cells, least=False):
     return words
 
 def _verdict(
-    cells:dict,       # {method: Cell or None}
-    paper:dict=None,  # {method: Cell}, to compare the order with
-    least:bool=False, # the least number is the best
+    cells:dict,           # {method: Cell or None}
+    paper:dict|None=None, # {method: Cell}, to compare the order with
+    least:bool=False,     # the least number is the best
 )->str:
     "Which method leads, and whether it does so in the paper."
     missing = [m for m, c in cells.items() if c is None]

@@ -53,6 +53,11 @@ def _summed(x):
 
 class SharedBatchNorm(nn.BatchNorm2d):
     "BatchNorm without affine parameters over the batch of all processes, on any device."
+    running_mean:Tensor
+    running_var:Tensor
+    num_batches_tracked:Tensor
+    momentum:float
+
     def forward(self,
         x:Tensor, # (N, ch, H, W), or (N, ch)
     )->Tensor:    # of the same shape
@@ -75,9 +80,9 @@ class SharedBatchNorm(nn.BatchNorm2d):
         if x.ndim not in (2, 4): raise ValueError(f"expected (N, ch) or (N, ch, H, W), got {tuple(x.shape)}")
 
 def share_norms(
-    net:nn.Module, # with BatchNorm layers
-    device,        # where it runs
-)->nn.Module:      # the same network, with the same state_dict
+    net:nn.Module,           # with BatchNorm layers
+    device:str|torch.device, # where it runs
+)->nn.Module:                # the same network, with the same state_dict
     "BatchNorm over all processes."
     if torch.device(device).type == "cuda": return nn.SyncBatchNorm.convert_sync_batchnorm(net)
     for m in net.modules():
@@ -96,11 +101,11 @@ class Share(Callback):
     ):
         self.n, self.scale = world_size, scale
 
-    def after_loss(self):
+    def after_loss(self)->None:
         if self.training and self.scale:
             weight = len(self.yb[0]) * self.n / self.dls.train.whole
             self.learn.loss_grad = self.learn.loss_grad * weight
 
-    def after_batch(self):
+    def after_batch(self)->None:
         if self.training:  # fastai gathers one from each process
             self.learn.smooth_loss = self.learn.smooth_loss.mean()

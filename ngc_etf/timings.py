@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import partial
 
@@ -28,7 +29,7 @@ from .step import build_step
 #| code-fold: true
 _STEPS = (("ufm-10", "fp32"), ("cifar10-resnet18", "fp32"), ("cifar10-resnet18", "bf16"),
           ("cifar100-resnet50", "bf16"))
-_TIMED = {m: {} for m in ("standard", "fixed", "nearest", "nearest-no-ddn")}
+_TIMED:dict[str, dict] = {m: {} for m in ("standard", "fixed", "nearest", "nearest-no-ddn")}
 _TIMED["nearest, solve_every=4"] = {"solve_every": 4}
 
 def _many(call, n):
@@ -58,10 +59,10 @@ def _steps_of(cell, precision, device):
 # %% ../nbs/12i_timings.ipynb #c008
 #| code-fold: true
 def step_rows(
-    quick:bool=False, # free features only
-    device="cpu",     # where to measure
-    rounds:int=7,     # timed calls of each
-)->list:              # of dicts
+    quick:bool=False,              # free features only
+    device:str|torch.device="cpu", # where to measure
+    rounds:int=7,                  # timed calls of each
+)->list:                           # of dicts
     "A training step with each head: ms, ratio to the standard and fixed head, the head's share in percent."
     rows = []
     for cell, precision in _STEPS[:1] if quick else _STEPS:
@@ -120,11 +121,11 @@ def _training_of(cell, method, device):
 # %% ../nbs/12i_timings.ipynb #c014
 #| code-fold: true
 def methods_rows(
-    quick:bool=False, # UFM-10 only
-    device="cpu",     # where to measure
-    rounds:int=7,     # steps of each method
-    cells=_CELLS,     # which experiments
-)->list:              # of dicts: cell, method, step, forward_ms, backward_ms
+    quick:bool=False,              # UFM-10 only
+    device:str|torch.device="cpu", # where to measure
+    rounds:int=7,                  # steps of each method
+    cells:Iterable[str]=_CELLS,    # which experiments
+)->list:                           # of dicts: cell, method, step, forward_ms, backward_ms
     "Forward and backward pass of each method, step by step (Figs. 5, 16), with the paper's way beside ours."
     rows = []
     for cell in ("ufm-10",) if quick else cells:
@@ -179,17 +180,17 @@ def _busy_calls(device):
 # %% ../nbs/12i_timings.ipynb #c019
 #| code-fold: true
 def busy_rows(
-    quick:bool=False, # short windows
-    device="cpu",     # where to measure
-    rounds:int=7,     # windows of each kind
-)->list:              # of dicts: with_threads, what, idle_ms, busy_ms, slow_down
+    quick:bool=False,              # short windows
+    device:str|torch.device="cpu", # where to measure
+    rounds:int=7,                  # windows of each kind
+)->list:                           # of dicts: with_threads, what, idle_ms, busy_ms, slow_down
     "Idle, and beside as many busy processes as cores: medians over windows, with 1 and 2 threads."
     calls, rows, before = _busy_calls(device), [], torch.get_num_threads()
     cores, seconds = len(os.sched_getaffinity(0)), .05 if quick else .5
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            ms = {(what, n): [] for what in calls for n in (0, cores)}
+            ms:dict[tuple, list] = {(what, n): [] for what in calls for n in (0, cores)}
             for _ in range(rounds):
                 for n in (0, cores):
                     with _neighbours(n):
