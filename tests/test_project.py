@@ -13,6 +13,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+import yaml
 
 import ngc_etf
 
@@ -110,6 +111,12 @@ def test_readme_reads_raw_and_on_github():
     assert [line for line in text.splitlines() if len(line) > 110] == []
     assert [line for line in code if len(line) > 90] == []
     assert [p for p in project.notebooks() if p != "index.ipynb" and f"(nbs/{p})" not in text] == []
+
+
+def test_the_sidebar_has_its_sections():
+    config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    top = [x["section"] for x in config["website"]["sidebar"]["contents"] if isinstance(x, dict)]
+    assert top == ["Start here", "The book", "The evidence", "The paper, corrected", "API"]
 
 
 def test_every_notebook_is_in_the_sidebar():
