@@ -96,7 +96,7 @@ class StratifiedBatchSampler(Sampler):
         rng = np.random.default_rng([self.seed, self.epoch]) if self.shuffle else None
         kept = _kept(len(self.y), self.keep, rng or np.random.default_rng(self.seed))
         order = kept[_deal(self.y[kept], self.n, rng)]
-        return [order[b::self.n] for b in (rng.permutation(self.n) if self.shuffle else range(self.n))]
+        return [order[b::self.n] for b in (range(self.n) if rng is None else rng.permutation(self.n))]
 
     def __iter__(self)->Iterator[list[int]]:
         batches = self._batches()
@@ -126,10 +126,10 @@ class _Shares(DataLoader):
         self.rank, self.world_size = rank, world_size
         self.whole = 0  # samples in the batch at hand, all ranks together
 
-    def __len__(self):
+    def __len__(self)->int:
         return len(self.sampler) if self.sampler is not None else -(-self.n // self.bs)
 
-    def sample(self):
+    def sample(self)->Iterator:
         "Lists of this rank's indices from the sampler, or slices of everybody's."
         if self.sampler is not None: return iter(self.sampler)
         return (slice(i, min(i + self.bs, self.n)) for i in range(0, self.n, self.bs))

@@ -116,7 +116,7 @@ class NearestETF(Callback):
         head = self.learn.etf
         head.targets = _batch_labels(self.learn, head.C)
 
-    def _clear(self):
+    def _clear(self)->None:
         self.learn.etf.targets = None
 
     after_batch = after_cancel_batch = after_cancel_fit = _clear

@@ -120,7 +120,8 @@ class _Samples:
     def __init__(self, C, d, device, store, joined):
         self.device, self.joined = device, joined
         self.metric = self._new(C, d, scatter=False)
-        self.kept, self.room = [], store
+        self.kept:list|None = []
+        self.room = store
 
     def _new(self, C, d, scatter):
         dtype = torch.float64 if _has_float64(self.device.type) else torch.float32
@@ -142,7 +143,7 @@ class _Samples:
         self.kept = None
 
     def _feed(self, f):
-        return [f(h.to(self.device), y.to(self.device)) for h, y in self.kept]
+        return [f(h.to(self.device), y.to(self.device)) for h, y in self.kept or ()]
 
     def judge(self, W, b):
         "The second pass and each sample's margin; None where some process had no room."
@@ -180,7 +181,7 @@ def _joint(total, margins, device):
     "Sums and margins (or None) of all processes."
     total = total.to(device)
     dist.all_reduce(total)
-    parts = [None] * dist.get_world_size()
+    parts:list = [None] * dist.get_world_size()
     if margins is not None:
         dist.all_gather_object(parts, margins)
         margins = torch.cat(parts)

@@ -116,7 +116,7 @@ def _grid(columns, rows=2, height=2.05):
 
 def _legend(fig):
     "One legend for all axes, above them."
-    entries = {}
+    entries:dict[str, object] = {}
     for ax in fig.axes:
         for handle, label in zip(*ax.get_legend_handles_labels()):
             entries.setdefault(label, handle)

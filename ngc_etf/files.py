@@ -16,12 +16,13 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from .machine import _interruption
 
 # %% ../nbs/10e_files.ipynb #c004
 #| code-fold: true
-fcntl = import_module("fcntl") if find_spec("fcntl") else None  # locks; not on Windows
+fcntl:Any = import_module("fcntl") if find_spec("fcntl") else None  # locks; not on Windows
 
 # %% ../nbs/10e_files.ipynb #c007
 #| code-fold: true

@@ -151,7 +151,8 @@ class FolderLoader(BatchLoader):
 
     def _requests(self, samples, wholes):
         "What the workers are to decode, batch by batch; `wholes` gets the size of each whole batch."
-        g = torch.Generator().manual_seed(torch.randint(2**62, (), generator=self.generator).item())
+        seed = int(torch.randint(2**62, (), generator=self.generator))
+        g = torch.Generator().manual_seed(seed)
         for idx, whole in self._shares(samples):
             wholes.append(whole)
             places = torch.rand(whole, 2, generator=g)[self.rank::self.world_size].tolist()

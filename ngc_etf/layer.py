@@ -96,8 +96,8 @@ _TWO_SUCH_PASSES = (
 class _Passes:
     "The passes of one head that may be repeated."
     def __init__(self):
-        self.refs = []               # weak references to all of them
-        self.kept = deque(maxlen=64) # those that no graph owns
+        self.refs:list = []                 # weak references to all of them
+        self.kept:deque = deque(maxlen=64)  # those that no graph owns
 
     def note(self, x, y, state)->_Pass:
         "A note of this pass; where a graph is recorded, it is the caller's to keep."
@@ -126,6 +126,10 @@ class _Repeatable(Stateful):
     def __init__(self):
         super().__init__()
         self._passes = _Passes()
+
+    def train_logits(self, x:Tensor, y:Tensor|None)->Tensor:
+        "Logits (N, C) of features (N, d) in training, and one step of the state: each head has its own."
+        raise NotImplementedError
 
     def _snapshot(self):
         return [(b.clone(), b._version) for b in self.buffers()]

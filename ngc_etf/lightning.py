@@ -6,13 +6,13 @@
 __all__ = ['ETFModule', 'ETFCallback']
 
 # %% ../nbs/10b_lightning.ipynb #c005
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .elsewhere import _need
@@ -20,8 +20,14 @@ from .heads import Head, NearestETFHead
 from .classifier import _layers
 from .swap import _swap_for_data, swap_head
 
+# %% ../nbs/10b_lightning.ipynb #c005t
+if TYPE_CHECKING:  # a type's name need not load its library
+    from lightning import LightningModule, Trainer
+
 # %% ../nbs/10b_lightning.ipynb #c009
-class _Module:
+_Theirs:Any = object  # stands for the class of Lightning's that joins ours when it is asked for
+
+class _Module(_Theirs):
     "A classifier, body and head, as a LightningModule: batches are (x, y)."
     def __init__(self,
         body:nn.Module,                      # images, say, to features (N, d)
@@ -32,16 +38,16 @@ class _Module:
         super().__init__()
         self.body, self.head, self.make_opt, self.loss = body, head, optimizer, loss
 
-    def forward(self, x, y=None):
+    def forward(self, x:Tensor, y:Tensor|None=None)->Tensor:
         return self.head(self.body(x), y)
 
-    def training_step(self, batch, batch_idx):
+    def training_step(self, batch:tuple, batch_idx:int)->Tensor:
         x, y = batch
         loss = self.loss(self(x, y), y)
         self.log("train_loss", loss)
         return loss
 
-    def validation_step(self, batch, batch_idx):
+    def validation_step(self, batch:tuple, batch_idx:int)->None:
         x, y = batch
         z = self(x)
         right = (z.argmax(1) == y).float().mean()
@@ -49,10 +55,10 @@ class _Module:
 
     test_step = validation_step
 
-    def predict_step(self, batch, batch_idx):
+    def predict_step(self, batch:Tensor|tuple|list, batch_idx:int)->Tensor:
         return self(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
-    def configure_optimizers(self):
+    def configure_optimizers(self)->torch.optim.Optimizer:
         return self.make_opt([p for p in self.parameters() if p.requires_grad])
 
 # %% ../nbs/10b_lightning.ipynb #c011
@@ -77,7 +83,7 @@ def _two_samples(loader):
     "A batch of at most two samples; None where the loader's kind does not allow that."
     if isinstance(loader, (list, tuple)): return loader[0]
     if not isinstance(loader, DataLoader) or loader.batch_sampler is None: return None
-    data = loader.dataset
+    data:Any = loader.dataset
     return loader.collate_fn([data[i] for i in range(min(2, len(data)))])
 
 def _look(trainer)->tuple:
@@ -105,27 +111,29 @@ def _heads_in(state, module)->list:
     return found
 
 # %% ../nbs/10b_lightning.ipynb #c017
-class _Events:
+class _Events(_Theirs):
     "Labels go to the head as a training batch begins, and are taken back as it ends or fails."
-    head:Head|None = None         # once there is one
-    labels:Callable|None = None   # batch -> labels
-    _undo:Sequence[Callable] = () # what was wrapped, as a list of functions
+    head:Any = None              # a `Head`, once there is one
+    labels:Callable|None = None  # batch -> labels
+    _undo:list[Callable]         # what was wrapped
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+    def on_train_batch_start(
+        self, trainer:"Trainer", pl_module:"LightningModule", batch:Any, batch_idx:int,
+    )->None:
         if self.labels is None and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
             raise ValueError(f"a batch must be (x, y), got {type(batch).__name__}: say where the labels are, "
                              "ETFCallback(labels=lambda batch: ...)")
         self.head.targets = batch[1] if self.labels is None else self.labels(batch)
 
-    def on_train_batch_end(self, trainer, pl_module, *args):
+    def on_train_batch_end(self, trainer:"Trainer", pl_module:"LightningModule", *args:Any)->None:
         self.head.targets = None
 
-    def on_exception(self, trainer, pl_module, exception):
+    def on_exception(self, trainer:"Trainer", pl_module:"LightningModule", exception:BaseException)->None:
         self._restore()
         if self.head is not None:
             self.head.targets = None
 
-    def _restore(self, *args, **kwargs):
+    def _restore(self, *args:Any, **kwargs:Any)->None:
         "The module's own hooks again."
         while self._undo:
             self._undo.pop()()
@@ -150,7 +158,7 @@ class _Callback(_Events):
         self.make, self.labels, self.verbose = head or partial(NearestETFHead, **kwargs), labels, verbose
         self.at, self.project, self.C, self._undo = at, project, C, []
 
-    def setup(self, trainer, pl_module, stage):
+    def setup(self, trainer:"Trainer", pl_module:"LightningModule", stage:str)->None:
         exchange = partial(self._exchange, trainer, pl_module)
         made_in = [m for m in ("configure_model", "setup") if _is_theirs(pl_module, m)]
         if stage != "fit":

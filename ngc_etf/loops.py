@@ -10,6 +10,7 @@ __all__ = ['Record']
 import math
 import time
 from functools import partial
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -104,38 +105,38 @@ class _Watch(Callback):
     "Set the learning rate, show one bar, stop in time."
     order = Recorder.order + .5
     def __init__(self,
-        rows:Rows,          # the run's files
-        net:Network,        # what is trained
-        loaders:dict,       # "train", "train_eval", "test"
-        begun:int=0,        # epochs done before
-        seconds:float=0.,   # that they took
-        progress:bool=True, # show a bar, on a terminal
-        deadline=None,      # as `time.time()` counts
+        rows:Rows,                # the run's files
+        net:Network,              # what is trained
+        loaders:dict,             # "train", "train_eval", "test"
+        begun:int=0,              # epochs done before
+        seconds:float=0.,         # that they took
+        progress:bool=True,       # show a bar, on a terminal
+        deadline:float|None=None, # as `time.time()` counts
     ):
         self.rows, self.exp, self.net, self.loaders = rows, rows.exp, net, loaders
         self.begun, self.done, self.earlier, self.progress = begun, begun, seconds, progress and rows.write
         self.deadline, self.stopped, self.joined = deadline, False, loaders["train"].world_size > 1
 
-    def before_fit(self):
+    def before_fit(self)->None:
         left = (self.exp.epochs - self.begun) * len(self.dls.train)
         self.bar = tqdm(total=left, desc=self.exp.stem, disable=not self.progress or None, mininterval=.5)
         self.start = self.epoch_start = time.perf_counter()
 
-    def before_batch(self):
+    def before_batch(self)->None:
         if self.exp.schedule == "none" or not self.training: return
         t = (self.begun + self.epoch + self.iter / self.n_iter) / self.exp.epochs
         self.opt.set_hypers(lr=_learning_rate(self.exp, t))
 
-    def after_batch(self):
+    def after_batch(self)->None:
         if not self.training: return
         self.bar.update()
         if not self.joined and _late(self.deadline):
             self._stop()
 
-    def before_validate(self):
+    def before_validate(self)->None:
         raise CancelValidException()
 
-    def after_fit(self):
+    def after_fit(self)->None:
         self.bar.close()
 
     after_cancel_fit = after_fit
@@ -192,7 +193,7 @@ def _learner(exp, rows, data, dls, device, compile, world_size):
     "The Learner of an experiment, its optimiser made; it trains `net`, which several processes wrap."
     net = network(exp, data.C, device)
     if world_size > 1:
-        net = share_norms(net, device)
+        net = cast(Network, share_norms(net, device))
     with torch.random.fork_rng(devices=[]):  # an iterator of torch's draws a seed
         compiled = compile and compile_network(net, *_sample(dls.train, device))
     rows.C = data.C

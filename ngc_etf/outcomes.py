@@ -84,7 +84,7 @@ _LENGTH = ("name", "seed", "epochs", "every", "at", "dense", "precision")
 
 def _sweeps(about, field, method):
     "For each set of runs that differ in `field` alone: {value: their stems}."
-    groups = {}
+    groups:dict[str, dict] = {}
     for stem, a in about.items():
         exp = a["experiment"]
         if exp["method"] != method or field not in exp:

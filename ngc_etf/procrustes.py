@@ -66,7 +66,7 @@ def _finds_spectrum(solver, kind):
     "Whether a solver on this kind of device returns s and V."
     return solver in ("svd", "gram", "complete") or (solver == "auto" and kind == "cpu")
 
-def _spectrum(P, U):
+def _spectrum(P:Tensor, U:Tensor)->tuple[Tensor, Tensor]:
     "s and V from S = U'P, where the solver did not find them."
     S = U.mT @ P
     s, V = eigh((S + S.mT) / 2)
@@ -149,21 +149,21 @@ class _Derivative(_SingleLevelFunction):
     @staticmethod
     def backward(ctx, w):
         if w is None: return (None,)*5
-        *P_and_aids, v, D_v = ctx.saved_tensors
+        P, U, *aids, v, D_v = ctx.saved_tensors
         def D(x):
-            return _derivative(*P_and_aids, x)
+            return _derivative(P, U, *aids, x)
         D_w = D(w)
         if not ctx.needs_input_grad[0]: return None, None, None, None, D_w
-        return _second(*P_and_aids[:2], v, D_v, w, D_w, D), None, None, None, D_w
+        return _second(P, U, v, D_v, w, D_w, D), None, None, None, D_w
 
     @staticmethod
     def jvp(ctx, dP, dU, ds, dV, dv):
-        *P_and_aids, v, D_v = _primals(ctx)
+        P, U, *aids, v, D_v = _primals(ctx)
         def D(x):
-            return _derivative(*P_and_aids, x)
+            return _derivative(P, U, *aids, x)
         with forward_ad._set_fwd_grad_enabled(True):
             along_v = 0. if dv is None else D(dv)
-            along_P = 0. if dP is None else _second(*P_and_aids[:2], v, D_v, dP, D(dP), D)
+            along_P = 0. if dP is None else _second(P, U, v, D_v, dP, D(dP), D)
             return along_v + along_P
 
 # %% ../nbs/03b_procrustes.ipynb #c027

@@ -93,7 +93,7 @@ def _first_at_99(group):
     "Which method classified 99% of the training set first, in words."
     groups = group.groupby("method", sort=False)
     epochs = {m: Cell.of([_epochs_to(run) for run in _runs(g)]) for m, g in groups}
-    there = {m: cell for m, cell in epochs.items() if cell.median < float("inf")}
+    there = {m: cell for m, cell in epochs.items() if cell is not None and cell.median < float("inf")}
     if not there: return "No method has classified 99% of the training set in these runs."
     by_epoch = sorted(there, key=lambda m: there[m].median)
     words = "Epochs to 99% of the training set: " + ", ".join(f"{m} {there[m].median:.0f}" for m in by_epoch)
@@ -127,7 +127,8 @@ def _variants(evidence, base, groups):
 
 def _of_one(evidence, base, groups, figures):
     "The part of the page about one experiment and its variants, {name: rows}."
-    title, runs = html.escape(base), {}
+    title = html.escape(base)
+    runs:dict[str, dict] = {}
     for name in groups:
         runs |= _settings(evidence.about, name)[0]
     variants = {name: group for name, group in groups.items() if name != base}

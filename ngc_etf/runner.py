@@ -74,7 +74,7 @@ def _is_sound(exp, device, root, times=4):
         with torch.autocast("cpu", torch.bfloat16):
             h = training.model.body(training.x)
         h.float().square().sum().backward()
-        grads = [p.grad for p in training.model.body.parameters()]
+        grads:list = [p.grad for p in training.model.body.parameters()]
         first = first or grads
         if not all(g.isfinite().all() and torch.equal(g, f) for g, f in zip(grads, first)): return False
     return True

@@ -142,7 +142,7 @@ def _sizes(exp, root="data"):
         return C, N, 0, (d,)
     if exp.data == "imagenet": return 1000, 1_281_167, 50_000, (3, exp.size, exp.size)
     if exp.large:
-        data = open_data(exp, root)
+        data = folder_data(exp.data, root, exp.size)
         return data.C, len(data.split("train")), len(data.split("val")), (3, data.size, data.size)
     spec = find_data(exp.data)
     train, test, channels, side = spec.shape

@@ -8,7 +8,7 @@ __all__ = ['NeuralCollapse']
 # %% ../nbs/06b_streaming.ipynb #c003
 import math
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -95,8 +95,8 @@ class _Moments(Metric):
     def _count(self, h, y):
         "Take in a batch."
         with torch.autocast(h.device.type, enabled=False):
-            old = [getattr(self, name) for name in _MOMENTS]
-            new = _absorb(*old, h.detach().to(self.mean.dtype), y)
+            h = h.detach().to(self.mean.dtype)
+            new = _absorb(self.count, self.mean, self.spread, self.scatter, h, y)
         for name, t in zip(_MOMENTS, new):
             setattr(self, name, t)
 
@@ -171,7 +171,7 @@ class _Ruled(_Moments):
         for name, t in zip(_RULE, tensors):
             setattr(self, f"rule_{name}", t.to(device, dtype))
         for name in ("tally", "margin_min", "margin_hist"):
-            setattr(self, name, self._defaults[name].clone().to(device))
+            setattr(self, name, cast(Tensor, self._defaults[name]).clone().to(device))
 
     def _judge(self, h, y):
         "Add the verdicts on a batch."

@@ -192,7 +192,9 @@ def _work(exp):
 
 def _glances(cells, root, device):
     "{network: {method: seconds of a step and of an evaluation}}, as many as there is patience for."
-    begun, known, turns = time.perf_counter(), {}, {}
+    begun = time.perf_counter()
+    known:dict[tuple, dict] = {}
+    turns:dict[tuple, dict] = {}
     for exp in cells:
         ways = turns.setdefault(_work(exp), {})
         ways.setdefault(exp.method if exp.small else "", (len(ways), exp))

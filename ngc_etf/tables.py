@@ -97,7 +97,8 @@ def _read_paper(text):
             split, epoch = first, int(rest[0])
             continue
         for i, method in enumerate(_compared(first)):
-            out[split, first, method, epoch] = Cell(*map(float, rest[3*i:3*i+3]), 5)
+            median, least, greatest = rest[3*i:3*i+3]
+            out[split, first, method, epoch] = Cell(float(median), float(least), float(greatest), 5)
     return out
 
 PAPER = _read_paper(TABLES_1_2)
@@ -166,7 +167,7 @@ def accuracy_table(
 def _order(cells, least=False):
     "The methods of {method: Cell} by their medians, best first: 'a > b = c'."
     value = {m: round(c.median, 2) for m, c in cells.items()}
-    best = sorted(value, key=value.get, reverse=not least)
+    best = sorted(value, key=value.__getitem__, reverse=not least)
     words = best[0]
     for a, b in zip(best, best[1:]):
         sign = "=" if value[a] == value[b] else "<" if least else ">"

@@ -161,7 +161,8 @@ def _neighbours(n):
 def _window(call, seconds):
     "Median milliseconds of as many calls as fit into so many seconds, one at least."
     call()
-    times, end = [], time.perf_counter() + seconds
+    times:list[float] = []
+    end = time.perf_counter() + seconds
     while not times or time.perf_counter() < end:
         start = time.perf_counter()
         call()
