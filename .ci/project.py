@@ -29,6 +29,10 @@ math {{ font-family: "STIX Two Math", math; font-size: 1.05em; }}
 math[display="block"] {{ margin: 1em 0; overflow-x: auto; overflow-y: hidden; }}
 html body #quarto-content.quarto-container {{ --sd-body-width: min(62rem, 70vw); }}
 pre, pre code {{ font-size: .82rem; }}
+@media (min-width: 992px) and (max-width: 1560px) {{  /* lines of 110 characters fit */
+  html body #quarto-content.quarto-container {{ --sd-sidebar-width: 230px; --sd-margin-width: 180px; }}
+  pre, pre code {{ font-size: .72rem; }}
+}}
 .sidebar-menu-container {{ font-variant-numeric: tabular-nums; }}
 div.sourceCode > pre.sourceCode:not(.cell-code) {{ padding: .6rem .9rem; }}
 table.dataframe {{ font-size: .85rem; border: 0; }}
@@ -141,6 +145,7 @@ def mathml(page, s):
     def one(m):
         kind, tex = m[1], html.unescape(m[2])
         tex = re.sub(r"^\\[(\[]|\\[)\]]$", "", tex).strip()
+        tex = re.sub(r"\\\\\[[\d.]+(?:pt|em|ex)\]", r"\\\\", tex)  # it knows no distances
         if r"\tag" in tex:
             tex = rf"\begin{{equation}}{tex}\end{{equation}}"
         try:
@@ -273,16 +278,32 @@ def stand_alone(out, online):
     # where nbdev links a symbol to; a site that is read offline links to itself
     link = rf"\[`([^`\]]+)`\]\({re.escape(online)}[^)]*\)"  # in a signature's comments links stay text
     private = r'<a href="[^"#]*#_\w+">(<code>.*?</code>)</a>'  # a helper has no entry to lead to
-    done = {}
+    pages = {}
     for f in sorted(out.rglob("*.html")):
         name = f.relative_to(out).as_posix()
         up = "../" * name.count("/")
         page = re.sub(link, r"`\1`", mathml(name, f.read_text(encoding="utf-8")))
         page = re.sub(private, r"\1", page.replace(f'href="{online}', f'href="{up}'))
         head = f'<link rel="icon" href="data:,"><link rel="stylesheet" href="{up}site.css"></head>'
-        done[name] = page.replace("</head>", head, 1)
-        f.write_text(done[name], encoding="utf-8")
-    return done
+        pages[name] = page.replace("</head>", head, 1)
+    for name, page in methods_to_classes(out, pages).items():
+        (out / name).write_text(page, encoding="utf-8")
+        pages[name] = page
+    return pages
+
+
+def methods_to_classes(out, pages):
+    "The pages, with links to a method that has no entry of its own made links to its class."
+    found = {(out / name).resolve(): set(re.findall(r'\bid="([^"]+)"', s)) for name, s in pages.items()}
+
+    def linked(name, page):
+        def one(m):
+            ids = found.get(((out / name).parent / m[1]).resolve(), ())
+            return m[0] if m[2] in ids or m[3] not in ids else f'href="{m[1]}#{m[3]}"'
+
+        return re.sub(r'href="([^"#:?]*\.html)#((\w+)\.\w+)"', one, page)
+
+    return {name: linked(name, page) for name, page in pages.items()}
 
 
 def docs(root=ROOT):
@@ -373,10 +394,10 @@ def readme_text(root=ROOT):
     ]
     for c in cells:
         c["source"] = re.sub(r"^#\|.*\n?", "", "".join(c["source"]), flags=re.M)
+    python = {"language_info": {"name": "python"}}  # the language of the code boxes
     body, res = MarkdownExporter().from_notebook_node(
         nbformat.reads(
-            json.dumps({"cells": cells, "metadata": nb.metadata, "nbformat": 4, "nbformat_minor": 4}),
-            as_version=4,
+            json.dumps({"cells": cells, "metadata": python, "nbformat": 4, "nbformat_minor": 4}), as_version=4
         )
     )
     if res["outputs"]:
@@ -384,7 +405,7 @@ def readme_text(root=ROOT):
         raise Problem(f"nbs/index.ipynb stores a picture in an output; GitHub shows only files: {where}")
     s = f"# {front['title']}\n\n> {front['description']}\n\n{body}"
     s = re.sub(r"(\]\(|src=\")(?=(?:images/|[\w./-]+\.ipynb))", r"\1nbs/", s)
-    s = s.replace("<!-- chapters -->", chapters(root))
+    s = s.replace("<!-- chapters -->", chapters(root)).replace('"../results"', '"results"')
     for link in re.findall(r"(?:\]\(|src=\")(nbs/[^)\"#]+)", s):
         if not (root / link).exists():
             raise Problem(f"README.md would link to {link}, which does not exist")

@@ -96,7 +96,7 @@ def _one_run(path):
 
 # %% ../nbs/11h_reading.ipynb #c010
 #| code-fold: true
-_ELSEWHERE = ("cost",)  # folders of committed tables that are no runs
+_ELSEWHERE = ("cost", "streams")  # folders of committed tables that are no runs
 
 def _note_strangers(folder, strangers):
     "One warning for all files that are not ours."

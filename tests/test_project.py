@@ -13,6 +13,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+import yaml
 
 import ngc_etf
 
@@ -112,6 +113,12 @@ def test_readme_reads_raw_and_on_github():
     assert [p for p in project.notebooks() if p != "index.ipynb" and f"(nbs/{p})" not in text] == []
 
 
+def test_the_sidebar_has_its_sections():
+    config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    top = [x["section"] for x in config["website"]["sidebar"]["contents"] if isinstance(x, dict)]
+    assert top == ["Start here", "The book", "The evidence", "The paper, corrected", "API"]
+
+
 def test_every_notebook_is_in_the_sidebar():
     project.check_listed(ROOT)
 
@@ -140,6 +147,8 @@ def test_equations_become_mathml_or_an_error():
     out = project.mathml("p.html", page)
     assert out.count("<math") == 2 and "&lt;" in out and "(6)" in out and "katex" not in out
     assert '<mo stretchy="true">~</mo>' in out and '<mo stretchy="true">\u203e</mo>' in out
+    lines = r"\[\begin{aligned} a &= b \\[4pt] c &= d \end{aligned}\]"
+    assert "4pt" not in project.mathml("p.html", f'<span class="math display">{lines}</span>')
     with pytest.raises(project.Problem, match=r"p.html.*\\nonsense"):
         project.mathml("p.html", r'<span class="math inline">\(\nonsense\)</span>')
 
@@ -158,6 +167,14 @@ def test_a_page_that_does_not_stand_alone(tmp_path, text, complaint):
     (tmp_path / "p.html").write_text(text)
     with pytest.raises(project.Problem, match=complaint):
         project.check_page(tmp_path, text, "p.html")
+
+
+def test_a_method_without_an_entry_leads_to_its_class(tmp_path):
+    pages = {"a.html": '<h3 id="net"></h3><h3 id="net.fit"></h3>', "t/b.html": ""}
+    for anchor in ("net.fit", "net.forward", "other.forward"):
+        pages["t/b.html"] += f'<a href="../a.html#{anchor}">x</a>'
+    done = project.methods_to_classes(tmp_path, pages)["t/b.html"]
+    assert re.findall(r"#([\w.]+)", done) == ["net.fit", "net", "other.forward"]
 
 
 @pytest.mark.slow
