@@ -41,7 +41,6 @@ _MODULES = {
     "lightning": "ETFModule ETFCallback",
     "machine": "provenance environment take_turns bf16_speed OutOfTime",
     "team": "join_team SharedBatchNorm share_norms Share",
-    "files": "fcntl",
     "experiment": "METHODS TRACKERS EXPERIMENTS SUITES Experiment get_experiment suite_cells",
     "rows": "FORMAT parse_config check_data Rows save_margins",
     "step": "make_head Network network open_data make_loaders TrainingStep build_step restore compile_network",
