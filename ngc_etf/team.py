@@ -9,6 +9,8 @@ __all__ = ['join_team', 'SharedBatchNorm', 'share_norms', 'Share']
 #| code-fold: true
 import atexit
 import os
+from contextlib import suppress
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,13 @@ from .solvers import at_least_float32
 
 # %% ../nbs/10d_team.ipynb #c006
 #| code-fold: true
+def _leave():
+    "Wait for the others, at most five seconds; then out."
+    if dist.get_backend() == "gloo":
+        with suppress(RuntimeError):
+            dist.monitored_barrier(timeout=timedelta(seconds=5))
+    dist.destroy_process_group()
+
 def join_team(
     device:str,  # that was asked for
 )->tuple:        # rank, world_size, and the device of this process
@@ -31,7 +40,7 @@ def join_team(
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if gpu else "gloo")
-        atexit.register(dist.destroy_process_group)
+        atexit.register(_leave)
     return dist.get_rank(), dist.get_world_size(), device
 
 # %% ../nbs/10d_team.ipynb #c010
