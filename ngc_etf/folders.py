@@ -93,8 +93,8 @@ class FolderData:
         if folder.is_dir(): return folder
         above = folder.parent.absolute()
         raise FileNotFoundError(
-            f"no image folder {folder.absolute()}: expected one sub-folder a class below {above}/train "
-            "and .../val, as ImageNet's archives unpack; it has to be fetched by hand")
+            f"no image folder {folder.absolute()}: expected one sub-folder a class below {above}, "
+            "train/CLASS/*.jpg and val/CLASS/*.jpg")
 
     def split(self, name:str)->_Windows:
         "One half, as a data set of uint8 windows."
@@ -131,6 +131,9 @@ def folder_data(
         raise ValueError(f"a folder of images is named imagenet or folder:PATH, got {name!r}")
     place = Path(root).expanduser()/Path(path).expanduser()
     data = FolderData(place.resolve(), size, size*8//7)
+    if name == "imagenet" and not place.is_dir():
+        raise FileNotFoundError(f"no image folder {data.root}: expected one sub-folder a class below train "
+                                "and val, as ImageNet's archives unpack; they have to be fetched by hand")
     if name == "imagenet" and data.C != 1000:
         raise ValueError(f"imagenet has 1000 classes, but {data.folder('train')} has {data.C} sub-folders: "
                          "name another tree folder:PATH")

@@ -731,5 +731,16 @@ def test_a_tree_by_name(tmp_path, monkeypatch):
     for name in ("folder:", "folder:  ", "set"):
         with pytest.raises(ValueError, match="imagenet or folder:PATH"):
             folder_data(name, tmp_path)
-    with pytest.raises(FileNotFoundError, match="no image folder"):
+    with pytest.raises(FileNotFoundError, match=f"no image folder {tmp_path}/imagenet: .* fetched by hand"):
         folder_data("imagenet", tmp_path)
+
+
+def test_an_absent_tree_is_named_with_its_layout(tmp_path):
+    data = folder_data("folder:mine", tmp_path)
+    for half in ("train", "val"):
+        with pytest.raises(FileNotFoundError) as e:
+            data.folder(half)
+        assert str(e.value) == (
+            f"no image folder {tmp_path}/mine/{half}: expected one sub-folder a class below {tmp_path}/mine, "
+            "train/CLASS/*.jpg and val/CLASS/*.jpg"
+        )
