@@ -526,6 +526,25 @@ def test_faster_convergence(tmp_path, nearest, outcome):
     assert "faster convergence" in sentences(evidence, verdicts.reset_index())[1 if outcome == "holds" else 2]
 
 
+@pytest.mark.parametrize(
+    "seeds, words",
+    [
+        ({"standard": 1}, "1 run of 1 experiment, with 1 seed; a verdict needs 3."),
+        ({"standard": 2}, "2 runs of 1 experiment, with 2 seeds; a verdict needs 3."),
+        ({"standard": 1, "nearest": 2}, "3 runs of 1 experiment, with 1 to 2 seeds; a verdict needs 3."),
+    ],
+)
+def test_one_is_singular(tmp_path, seeds, words):
+    for method, number in seeds.items():
+        for seed in range(number):
+            store(tmp_path, get_experiment("ufm-10", method=method, seed=seed, epochs=10))
+    evidence = read_evidence(tmp_path)
+    verdicts = judge(evidence)
+    assert sentences(evidence, verdicts)[-1] == f"The rows are those of {words}"
+    one = verdicts.assign(verdict=["untested"] + ["holds"] * (len(verdicts) - 1))
+    assert sentences(evidence, one)[0].endswith("; 1 is untested.")
+
+
 def test_too_few_seeds_are_untested_in_words(tmp_path):
     three_heads(tmp_path, 2, seeds=2)
     verdicts = judge(read_evidence(tmp_path)).set_index("claim")
