@@ -411,6 +411,14 @@ def test_a_sweep_is_found_by_its_descriptions(tmp_path):
     assert sweep_table(rows, about, "tau").empty
 
 
+@pytest.mark.parametrize("field", ["solve_first", "lag", "project"])
+def test_switches_have_their_sweeps_in_the_report(tmp_path, field):
+    sweep(tmp_path / "rows", field, {False: 4, True: 6})
+    write_tables(tmp_path / "tables", read_evidence(tmp_path / "rows"))
+    text = (tmp_path / "tables" / f"{field}.md").read_text()
+    assert text.startswith(f"**Sweep: {field}.** Runs that differ in {field} alone.")
+
+
 @pytest.mark.parametrize("slow, outcome", [(6, "holds"), (12, "fails")])
 def test_robust_in_delta(tmp_path, slow, outcome):
     sweep(tmp_path, "delta", {1e-5: 4, 1e-3: 4, 1e-1: slow})
