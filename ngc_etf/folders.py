@@ -185,13 +185,18 @@ class FolderLoader(BatchLoader):
                             augment=self.augment, seed=self.seed, device=self.device)
 
 # %% ../nbs/08d_folders.ipynb #c023
+def _workers()->int:
+    "Four, or as many as there are cores for this process where they are fewer."
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, cores)
+
 def folder_loaders(
     data:FolderData,                 # the tree
     batch_size:int=256,              # of one process
     device:str|torch.device="cpu",   # where batches go
     seed:int=0,                      # of the batches and of the augmentation
     stratified:bool=True,            # every class in every batch where its count permits
-    workers:int=4,                   # processes that decode
+    workers:int|None=None,           # processes that decode; 4, or one a core if those are fewer, when None
     rank:int=0,                      # this process
     world_size:int=1,                # number of processes
     clean:bool=False,                # the third loader without augmentation
@@ -201,6 +206,7 @@ def folder_loaders(
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise ValueError(f"train and val hold different classes: {odd[:5]}")
+    workers = _workers() if workers is None else workers
     y = torch.tensor(train.targets)
     labels = y if stratified else torch.zeros_like(y)
     sampler = StratifiedBatchSampler(labels, batch_size, seed=seed, rank=rank, world_size=world_size)
