@@ -242,6 +242,11 @@ def judge(
                     "what the rows say": verdict.words, "seeds": verdict.seeds or "-"})
     return pd.DataFrame(out)
 
+def _count(noun, *numbers):
+    "The numbers, from the first to the last, and the noun as the last one wants it."
+    words = " to ".join(map(str, sorted({*numbers})))
+    return f"{words} {noun}" if {*numbers} == {1} else f"{words} {noun}s"
+
 def sentences(
     evidence:Evidence,     # of `read_evidence`
     verdicts:pd.DataFrame, # of `judge`
@@ -250,10 +255,11 @@ def sentences(
     named = {o: verdicts.claim[verdicts.verdict == o].tolist() for o in ("holds", "fails", "untested")}
     n = {o: len(names) for o, names in named.items()}
     out = [f"Of the paper's {len(verdicts)} measurable claims, the rows at hand bear out {n['holds']} and "
-           f"contradict {n['fails']}; {n['untested']} are untested."]
+           f"contradict {n['fails']}; {n['untested']} {'is' if n['untested'] == 1 else 'are'} untested."]
     for outcome, word in (("holds", "Holds"), ("fails", "Fails"), ("untested", "Untested")):
         out.append(f"{word}: {', '.join(named[outcome]) or 'none'}.")
     seeds = evidence.rows.groupby(["experiment", "method"]).seed.nunique()
-    out.append(f"The rows are those of {len(evidence.about)} runs of {evidence.rows.experiment.nunique()} "
-               f"experiments, with {seeds.min()} to {seeds.max()} seeds; a verdict needs {_SEEDS}.")
+    of = _count("experiment", evidence.rows.experiment.nunique())
+    out.append(f"The rows are those of {_count('run', len(evidence.about))} of {of}, "
+               f"with {_count('seed', seeds.min(), seeds.max())}; a verdict needs {_SEEDS}.")
     return out

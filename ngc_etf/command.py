@@ -87,8 +87,9 @@ def _machine_arguments(p):
     "The arguments that change no number, only where and how it is computed."
     p.add_argument("--data", default="data", metavar="DIR", help="folder with the data sets (default: data)")
     p.add_argument("--download", action="store_true", help="fetch an absent data set through torchvision")
-    p.add_argument("--workers", type=int, default=4, metavar="N",
-                   help="processes that decode large images (default: 4)")
+    p.add_argument("--workers", type=int, metavar="N",
+                   help="processes that decode large images (default: 4, or one a core where the cores that "
+                   "this process may use are fewer)")
     p.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     p.add_argument("--compile", action="store_true", help="the whole network through torch.compile")
     p.add_argument("--tracker", help=f"show the run while it lasts: {', '.join(TRACKERS)}")

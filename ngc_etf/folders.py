@@ -93,8 +93,8 @@ class FolderData:
         if folder.is_dir(): return folder
         above = folder.parent.absolute()
         raise FileNotFoundError(
-            f"no image folder {folder.absolute()}: expected one sub-folder a class below {above}/train "
-            "and .../val, as ImageNet's archives unpack; it has to be fetched by hand")
+            f"no image folder {folder.absolute()}: expected one sub-folder a class below {above}, "
+            "train/CLASS/*.jpg and val/CLASS/*.jpg")
 
     def split(self, name:str)->_Windows:
         "One half, as a data set of uint8 windows."
@@ -131,6 +131,9 @@ def folder_data(
         raise ValueError(f"a folder of images is named imagenet or folder:PATH, got {name!r}")
     place = Path(root).expanduser()/Path(path).expanduser()
     data = FolderData(place.resolve(), size, size*8//7)
+    if name == "imagenet" and not place.is_dir():
+        raise FileNotFoundError(f"no image folder {data.root}: expected one sub-folder a class below train "
+                                "and val, as ImageNet's archives unpack; they have to be fetched by hand")
     if name == "imagenet" and data.C != 1000:
         raise ValueError(f"imagenet has 1000 classes, but {data.folder('train')} has {data.C} sub-folders: "
                          "name another tree folder:PATH")
@@ -182,13 +185,18 @@ class FolderLoader(BatchLoader):
                             augment=self.augment, seed=self.seed, device=self.device)
 
 # %% ../nbs/08d_folders.ipynb #c023
+def _workers()->int:
+    "Four, or as many as there are cores for this process where they are fewer."
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, cores)
+
 def folder_loaders(
     data:FolderData,                 # the tree
     batch_size:int=256,              # of one process
     device:str|torch.device="cpu",   # where batches go
     seed:int=0,                      # of the batches and of the augmentation
     stratified:bool=True,            # every class in every batch where its count permits
-    workers:int=4,                   # processes that decode
+    workers:int|None=None,           # processes that decode; 4, or one a core if those are fewer, when None
     rank:int=0,                      # this process
     world_size:int=1,                # number of processes
     clean:bool=False,                # the third loader without augmentation
@@ -198,6 +206,7 @@ def folder_loaders(
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise ValueError(f"train and val hold different classes: {odd[:5]}")
+    workers = _workers() if workers is None else workers
     y = torch.tensor(train.targets)
     labels = y if stratified else torch.zeros_like(y)
     sampler = StratifiedBatchSampler(labels, batch_size, seed=seed, rank=rank, world_size=world_size)

@@ -222,7 +222,7 @@ def _restore(learn, net, loaders, state):
 
 # %% ../nbs/11c_loops.ipynb #c022
 #| code-fold: true
-def _run_images(rows, data, device="cpu", progress=True, workers=4, compile=False, cbs=(), rank=0,
+def _run_images(rows, data, device="cpu", progress=True, workers=None, compile=False, cbs=(), rank=0,
                 world_size=1, deadline=None):
     "Train body and head on a data set (§4)."
     exp, cbs = rows.exp, [*cbs]

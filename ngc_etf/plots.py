@@ -56,7 +56,7 @@ def _line(ax, rows, x, y, **look):
 # %% ../nbs/06d_plots.ipynb #c012
 def _scales(ax, log, last=0):
     "Logarithms upwards on demand, and along where the last epoch is a large number; whole numbers along."
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
     ax.xaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
     if log:
         ax.set_yscale("log")
@@ -67,6 +67,10 @@ def _scales(ax, log, last=0):
             ax.yaxis.set_major_formatter("{x:g}")
     if last > 500:
         ax.set_xscale("log")
+    for axis in (ax.xaxis, ax.yaxis):
+        low, high = axis.get_view_interval()
+        if axis.get_scale() == "log" and high >= 100*low:  # the powers of ten are enough, in any window
+            axis.set_minor_formatter(NullFormatter())
 
 def _own_axes(ax, names=("",)):
     "A list of axes, one for each name: those given, or new ones in a figure of the user's own style."

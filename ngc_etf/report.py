@@ -52,7 +52,7 @@ def _all_tables(evidence, verdicts):
         "table3": ("Table 3: memory in training", _CAPTION_3, *_collapse(three, _ours(three))),
         "coverage": ("What has been run", "Each run's last epoch and values.", coverage(rows, about), ""),
     }
-    for field in ("delta", "alpha", "tau", "gain", "start", "solve_first", "lag"):
+    for field in ("delta", "alpha", "tau", "gain", "start", "solve_first", "lag", "project"):
         table = sweep_table(rows, about, field)
         if len(table):
             titles[field] = (f"Sweep: {field}", f"Runs that differ in {field} alone.", table, "")

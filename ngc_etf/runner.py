@@ -153,7 +153,7 @@ def run(
     device:str|None=None,      # "cpu", "cuda", "cuda:1"...; a GPU where there is one
     again:bool=False,          # run anew what is done, or what another description has written
     progress:bool=True,        # one bar a run, on a terminal
-    workers:int=4,             # processes that decode large images
+    workers:int|None=None,     # processes that decode large images, as in `folder_loaders`
     compile:bool=False,        # the network through torch.compile
     tracker:str|None=None,     # one of `TRACKERS`
     deadline:float|None=None,  # stop in time for this `time.time()`, by raising `OutOfTime`

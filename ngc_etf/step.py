@@ -122,7 +122,7 @@ def make_loaders(
     exp:Experiment,                # batch size, seed, sampler
     data:TensorData|FolderData,    # of `open_data`
     device:str|torch.device="cpu", # where batches go
-    workers:int=4,                 # processes that decode large images
+    workers:int|None=None,         # processes that decode large images, as in `folder_loaders`
     rank:int=0,                    # this process
     world_size:int=1,              # number of processes
 )->tuple:                          # fastai's DataLoaders, and {"train", "train_eval", "test"}

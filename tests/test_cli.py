@@ -1,6 +1,6 @@
 "The commands as a shell sees them: exit status, one line of complaint, nothing half-written."
 
-import os, signal, subprocess, sys, time
+import inspect, os, signal, subprocess, sys, time
 from pathlib import Path
 import pandas as pd
 import pytest
@@ -10,7 +10,7 @@ from ngc_etf.rows import Rows
 from ngc_etf.runner import run
 from ngc_etf.reading import load_rows
 from ngc_etf.report import report_main
-from ngc_etf.command import train_main
+from ngc_etf.command import train_main, train_parser
 
 
 def shell(code, *argv, **kw):
@@ -120,6 +120,13 @@ def test_damaged_result_files_are_named(suffix, text, tmp_path):
 
 def digits(*more):
     return ["--experiment", "digits-net", "--epochs", "3", "--method", "fixed", "--device", "cpu", *more]
+
+
+def test_the_default_of_workers_is_told_by_the_loaders():
+    assert train_parser().parse_args([]).workers is None
+    assert inspect.signature(run).parameters["workers"].default is None
+    words = " ".join(train_parser().format_help().split())
+    assert "(default: 4, or one a core where the cores that this process may use are fewer)" in words
 
 
 def test_an_error_inside_a_step_is_one_sentence(tmp_path, monkeypatch):

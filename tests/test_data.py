@@ -3,6 +3,7 @@
 import copy
 import gzip
 import json
+import os
 import pickle
 import struct
 import subprocess
@@ -520,6 +521,22 @@ def tree(root, C=3, n=4):
     return FolderData(root, size=24, resize=28)
 
 
+@pytest.mark.parametrize("cores, workers", [(1, 1), (2, 2), (4, 4), (64, 4)])
+def test_no_more_workers_than_cores(tmp_path, monkeypatch, cores, workers):
+    "The default asks for no more than torch advises; a number is taken as it is."
+    tree(tmp_path, n=2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    data = FolderData(tmp_path, size=24, resize=28)
+    assert folder_loaders(data, 6).train.workers == workers
+    assert folder_loaders(data, 6, workers=3).train.workers == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sum(len(y) for _, y in folder_loaders(data, 6).valid) == 6
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert folder_loaders(data, 6).train.workers == workers
+
+
 def test_folder_through_workers(tmp_path):
     data = tree(tmp_path)
     for workers in (0, 2):
@@ -731,5 +748,16 @@ def test_a_tree_by_name(tmp_path, monkeypatch):
     for name in ("folder:", "folder:  ", "set"):
         with pytest.raises(ValueError, match="imagenet or folder:PATH"):
             folder_data(name, tmp_path)
-    with pytest.raises(FileNotFoundError, match="no image folder"):
+    with pytest.raises(FileNotFoundError, match=f"no image folder {tmp_path}/imagenet: .* fetched by hand"):
         folder_data("imagenet", tmp_path)
+
+
+def test_an_absent_tree_is_named_with_its_layout(tmp_path):
+    data = folder_data("folder:mine", tmp_path)
+    for half in ("train", "val"):
+        with pytest.raises(FileNotFoundError) as e:
+            data.folder(half)
+        assert str(e.value) == (
+            f"no image folder {tmp_path}/mine/{half}: expected one sub-folder a class below {tmp_path}/mine, "
+            "train/CLASS/*.jpg and val/CLASS/*.jpg"
+        )

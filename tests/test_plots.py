@@ -64,6 +64,19 @@ def test_seeds_give_a_median_with_a_band_and_methods_their_looks():
     assert ax.lines[1].get_color() not in (line_style("mine")["color"], ax.lines[0].get_color())
 
 
+@pytest.mark.parametrize("top, named", [(1e3, False), (1e2, False), (20.0, True)])
+def test_powers_of_ten_alone_are_named_over_two_decades(top, named):
+    "Nor when one looks closer, where matplotlib would name 6x10^-1 and its neighbours."
+    rows = [{"epoch": e, "nc1": v} for e, v in ((1, top), (1000, 0.5))]
+    ax = plot_collapse(rows, names="nc1")
+    ax.set_ylim(0.3, 0.9)
+    ax.set_xlim(200, 900)
+    ax.figure.canvas.draw()
+    for axis in (ax.xaxis, ax.yaxis):
+        assert axis.get_scale() == "log" and not any(t.get_text() for t in axis.get_ticklabels(minor=True))
+    assert bool([t for t in ax.get_yticklabels() if t.get_text() == "0.5"]) == named
+
+
 def test_values_that_no_logarithm_has():
     rows = [{"epoch": e, "nc1": v, "nc2": 0.0} for e, v in enumerate((np.inf, np.nan, 1.0, 0.0), 1)]
     ax = plot_collapse(rows)

@@ -411,6 +411,14 @@ def test_a_sweep_is_found_by_its_descriptions(tmp_path):
     assert sweep_table(rows, about, "tau").empty
 
 
+@pytest.mark.parametrize("field", ["solve_first", "lag", "project"])
+def test_switches_have_their_sweeps_in_the_report(tmp_path, field):
+    sweep(tmp_path / "rows", field, {False: 4, True: 6})
+    write_tables(tmp_path / "tables", read_evidence(tmp_path / "rows"))
+    text = (tmp_path / "tables" / f"{field}.md").read_text()
+    assert text.startswith(f"**Sweep: {field}.** Runs that differ in {field} alone.")
+
+
 @pytest.mark.parametrize("slow, outcome", [(6, "holds"), (12, "fails")])
 def test_robust_in_delta(tmp_path, slow, outcome):
     sweep(tmp_path, "delta", {1e-5: 4, 1e-3: 4, 1e-1: slow})
@@ -524,6 +532,25 @@ def test_faster_convergence(tmp_path, nearest, outcome):
     verdicts = judge(evidence).set_index("claim")
     assert verdicts.verdict["faster convergence"] == outcome
     assert "faster convergence" in sentences(evidence, verdicts.reset_index())[1 if outcome == "holds" else 2]
+
+
+@pytest.mark.parametrize(
+    "seeds, words",
+    [
+        ({"standard": 1}, "1 run of 1 experiment, with 1 seed; a verdict needs 3."),
+        ({"standard": 2}, "2 runs of 1 experiment, with 2 seeds; a verdict needs 3."),
+        ({"standard": 1, "nearest": 2}, "3 runs of 1 experiment, with 1 to 2 seeds; a verdict needs 3."),
+    ],
+)
+def test_one_is_singular(tmp_path, seeds, words):
+    for method, number in seeds.items():
+        for seed in range(number):
+            store(tmp_path, get_experiment("ufm-10", method=method, seed=seed, epochs=10))
+    evidence = read_evidence(tmp_path)
+    verdicts = judge(evidence)
+    assert sentences(evidence, verdicts)[-1] == f"The rows are those of {words}"
+    one = verdicts.assign(verdict=["untested"] + ["holds"] * (len(verdicts) - 1))
+    assert sentences(evidence, one)[0].endswith("; 1 is untested.")
 
 
 def test_too_few_seeds_are_untested_in_words(tmp_path):
