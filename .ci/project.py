@@ -8,6 +8,8 @@ project.py readme --check   only says whether README.md is in step; likewise nam
 
 import argparse
 import ast
+import builtins
+import contextlib
 import html
 import inspect
 import json
@@ -306,6 +308,18 @@ def methods_to_classes(out, pages):
     return {name: linked(name, page) for name, page in pages.items()}
 
 
+def name_types(root):
+    """Make the names that modules import for type checkers alone known to nbdev, which evaluates annotations.
+
+    The pages are made by spawned processes, which read this file as `__mp_main__`.
+    """
+    for path in sorted((root / "ngc_etf").glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+                with contextlib.suppress(ImportError):
+                    exec(compile(ast.Module(node.body, []), str(path), "exec"), vars(builtins))
+
+
 def docs(root=ROOT):
     "Build the site into `_docs`."
     import ziamath  # for its font alone, so that equations look the same on every system
@@ -490,6 +504,9 @@ def names(root=ROOT, check=False):
     elif f.read_text(encoding="utf-8") != new:
         raise Problem("ngc_etf/__init__.py does not list the public names: run `python .ci/project.py names`")
 
+
+if __name__ == "__mp_main__":
+    name_types(ROOT)
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
