@@ -26,12 +26,12 @@ from .means import as_labels
 from .evaluation import measure_collapse
 from .swap import _swap_for_data
 
-# %% ../nbs/10_callback.ipynb #c005t
+# %% ../nbs/10_callback.ipynb #c006
 if TYPE_CHECKING:  # a type's name need not load its library
     import numpy as np
     from matplotlib.axes import Axes
 
-# %% ../nbs/10_callback.ipynb #c010
+# %% ../nbs/10_callback.ipynb #c011
 def _look(dls)->tuple:
     "A batch of inputs and the number of classes, None for what the data does not give; nothing is used up."
     try:
@@ -50,7 +50,7 @@ def _look(dls)->tuple:
         dl.rng = rng
     return example, (classes if isinstance(classes, int) and classes > 1 else None)
 
-# %% ../nbs/10_callback.ipynb #c012
+# %% ../nbs/10_callback.ipynb #c013
 def _batch_labels(learn, C:int)->Tensor:
     "The batch's labels; as class probabilities (N, C) under MixUp or CutMix."
     if len(learn.yb) != 1:
@@ -63,7 +63,7 @@ def _batch_labels(learn, C:int)->Tensor:
     lam = torch.as_tensor(mix.lam, device=y.device, dtype=torch.float32).reshape(-1, 1)
     return torch.lerp(F.one_hot(other, C).float(), F.one_hot(y, C).float(), lam)
 
-# %% ../nbs/10_callback.ipynb #c014
+# %% ../nbs/10_callback.ipynb #c015
 def _renew(learn):
     "A new optimiser for the model as it is, where there was one, with its hyperparameters and frozen groups."
     if learn.opt is None: return
@@ -84,7 +84,7 @@ def _thaw(opt)->str:
     return ("the head has no parameters, so freezing left nothing to train; "
             f"unfroze group {last} of {len(groups)} (counted from 0)")
 
-# %% ../nbs/10_callback.ipynb #c016
+# %% ../nbs/10_callback.ipynb #c017
 class NearestETF(Callback):
     "Train with the nearest-ETF head (Eqs. 7-9): exchanges the classifier and hands the labels to the head."
     order, run_valid = MixedPrecision.order + .5, False
@@ -134,7 +134,7 @@ class NearestETF(Callback):
         if message and self.verbose:
             print(f"NearestETF: {message}")
 
-# %% ../nbs/10_callback.ipynb #c018
+# %% ../nbs/10_callback.ipynb #c019
 @patch
 def to_etf(self:Learner, *args:Any, **kwargs:Any)->Learner:
     "Give the Learner a nearest-ETF head now; the arguments are those of `NearestETF`."
@@ -155,7 +155,7 @@ def etf(self:Learner)->Head:
                          "callbacks")
     return heads[0]
 
-# %% ../nbs/10_callback.ipynb #c044
+# %% ../nbs/10_callback.ipynb #c045
 def _part(dls, clean, part:str):
     "The loader of a part of the data; None where there is none, or nothing in it."
     dl = (dict(zip(("train", "test"), dls.loaders)) | {"clean": clean}).get(part)
@@ -163,6 +163,7 @@ def _part(dls, clean, part:str):
         dl = dl.new(shuffle=False, drop_last=False)  # every sample, augmented, once
     return None if dl is None or (hasattr(dl, "__len__") and len(dl) == 0) else dl
 
+# %% ../nbs/10_callback.ipynb #c047
 class CollapseRecorder(Callback):
     "Collapse metrics each `every` epochs and exactly at the epochs in `at`, as one row each in `rows`."
     order = Recorder.order + 1

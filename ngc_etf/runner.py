@@ -79,6 +79,8 @@ def _is_sound(exp, device, root, times=4):
         if not all(g.isfinite().all() and torch.equal(g, f) for g, f in zip(grads, first)): return False
     return True
 
+# %% ../nbs/11d_runner.ipynb #c010
+#| code-fold: true
 def _same_precision(exp, out, device, world_size, root):
     "As process 0 settles it."
     if world_size == 1: return settle_precision(exp, out, device, root)
@@ -93,7 +95,7 @@ def _warn_if_slow(exp, device):
         warnings.warn(f"{exp.stem} trains in bf16, in which this machine takes {1/ratio:.1f} times as long "
                       "as in fp32: --precision fp32 is faster here", stacklevel=2)
 
-# %% ../nbs/11d_runner.ipynb #c012
+# %% ../nbs/11d_runner.ipynb #c014
 #| code-fold: true
 def _tracker(name, rows):
     "fastai's own callback for a tracker; a `ValueError` that says how to install an absent one."
@@ -110,7 +112,7 @@ def _tracker(name, rows):
         wandb.init(project="ngc_etf", name=rows.exp.stem, config=rows.exp.as_json, reinit=True)
     return WandbCallback(log_preds=False)
 
-# %% ../nbs/11d_runner.ipynb #c014
+# %% ../nbs/11d_runner.ipynb #c016
 #| code-fold: true
 def _open(rows, root, download):
     "The data of a run and its fingerprint, which must be that of the rows that lie here."
@@ -143,7 +145,7 @@ def _advice():
         raise ValueError(f"torch.compile does not work here ({type(e).__name__}: {why}): "
                          "leave --compile out") from e
 
-# %% ../nbs/11d_runner.ipynb #c015
+# %% ../nbs/11d_runner.ipynb #c017
 #| code-fold: true
 def run(
     exp:Experiment,            # what to run

@@ -60,6 +60,8 @@ def _summed(x):
     dist.all_reduce(x)
     return x
 
+# %% ../nbs/10d_team.ipynb #c012
+#| code-fold: true
 class SharedBatchNorm(nn.BatchNorm2d):
     "BatchNorm without affine parameters over the batch of all processes, on any device."
     running_mean:Tensor
@@ -88,6 +90,8 @@ class SharedBatchNorm(nn.BatchNorm2d):
     def _check_input_dim(self, x):
         if x.ndim not in (2, 4): raise ValueError(f"expected (N, ch) or (N, ch, H, W), got {tuple(x.shape)}")
 
+# %% ../nbs/10d_team.ipynb #c014
+#| code-fold: true
 def share_norms(
     net:nn.Module,           # with BatchNorm layers
     device:str|torch.device, # where it runs
@@ -99,7 +103,7 @@ def share_norms(
             m.__class__ = SharedBatchNorm
     return net
 
-# %% ../nbs/10d_team.ipynb #c014
+# %% ../nbs/10d_team.ipynb #c018
 #| code-fold: true
 class Share(Callback):
     "The gradient of the whole batch's mean loss, from this process's share."
