@@ -118,6 +118,8 @@ _ALLOWED = {
     "schedule": ("none", "onecycle"),
 }
 
+# %% ../nbs/11_experiment.ipynb #c014
+#| code-fold: true
 def _in_memory(data):
     "Is it the name of a data set that fits into memory?"
     try:
@@ -143,6 +145,8 @@ def _check(exp):
     if exp.seed < 0: raise ValueError(f"seed must not be negative, got {exp.seed}")
     _check_together(exp)
 
+# %% ../nbs/11_experiment.ipynb #c016
+#| code-fold: true
 def _check_together(exp):
     "What depends on more than one field, or on more than a list."
     named = exp.alpha in ("paper", "cumulative")
@@ -155,7 +159,7 @@ def _check_together(exp):
         raise ValueError("schedule must be none with optimizer agd, which has no learning rate, "
                          f"got {exp.schedule!r}")
 
-# %% ../nbs/11_experiment.ipynb #c016
+# %% ../nbs/11_experiment.ipynb #c020
 #| code-fold: true
 def _log_grid(last, points=40):
     "Whole numbers from 1 to `last`, evenly spaced on a logarithmic axis."
@@ -180,7 +184,7 @@ _KNOWN = [
 ]
 EXPERIMENTS = {e.name: e for e in _KNOWN}
 
-# %% ../nbs/11_experiment.ipynb #c018
+# %% ../nbs/11_experiment.ipynb #c022
 #| code-fold: true
 def get_experiment(
     name:str,             # one of `EXPERIMENTS`, or "folder:PATH" with a path below `root`
@@ -218,7 +222,7 @@ def _plain(text):
     "Text as part of a file's name, neither hidden nor a path."
     return "".join("-" if c in ":/\\" else c for c in text).lstrip(".") or "images"
 
-# %% ../nbs/11_experiment.ipynb #c022
+# %% ../nbs/11_experiment.ipynb #c026
 #| code-fold: true
 _THREE = ("standard", "fixed", "nearest")
 
@@ -241,7 +245,7 @@ SUITES = {
     "long-tail": _cells(["digits-net-lt", "cifar10-resnet18-lt"]),
 }
 
-# %% ../nbs/11_experiment.ipynb #c024
+# %% ../nbs/11_experiment.ipynb #c028
 #| code-fold: true
 def suite_cells(
     name:str,                           # one of `SUITES`

@@ -236,6 +236,7 @@ def _check_options(delta, solver, solve_every):
     if not (isinstance(solve_every, int) and solve_every >= 1):
         raise ValueError(f"solve_every must be a whole number of steps from 1, got {solve_every!r}")
 
+# %% ../nbs/05_heads.ipynb #c030
 class NearestETFHead(_NearestStep):
     "At every training step the simplex ETF nearest to the class means (Eqs. 7-9); no parameters."
     _needs_past = True

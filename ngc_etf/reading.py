@@ -45,6 +45,8 @@ def _fault(text, needed):
     if cut: return f"a line is cut (line {cut[0]})"
     if not text.endswith("\n"): return f"a line is cut (line {len(lines)})"
 
+# %% ../nbs/11h_reading.ipynb #c008
+#| code-fold: true
 def _table(path, needed):
     "A CSV file as a frame, or a `ValueError` that names the file and what is wrong."
     text = _text(path)
@@ -67,7 +69,7 @@ def _of_ours(path):
     except OSError:
         return False
 
-# %% ../nbs/11h_reading.ipynb #c008
+# %% ../nbs/11h_reading.ipynb #c010
 #| code-fold: true
 def _description(path):
     "What stands beside a file of rows, complete, and the run that it names."
@@ -94,7 +96,7 @@ def _one_run(path):
     margins = _table(beside, _MARGINS) if beside.exists() else pd.DataFrame(columns=_MARGINS)
     return run, {"path": path, "rows": frame, "about": about, "margins": margins}
 
-# %% ../nbs/11h_reading.ipynb #c010
+# %% ../nbs/11h_reading.ipynb #c012
 #| code-fold: true
 _ELSEWHERE = ("cost", "streams")  # folders of committed tables that are no runs
 
@@ -128,7 +130,7 @@ def read_runs(
             runs[run] = found
     return runs, wrong
 
-# %% ../nbs/11h_reading.ipynb #c014
+# %% ../nbs/11h_reading.ipynb #c016
 #| code-fold: true
 def _ordered(frame):
     "In the order of the paper: experiments, methods, seeds as they are listed, others by name."
@@ -159,7 +161,7 @@ def by_experiment(
     for name, group in rows.groupby("experiment", sort=False):
         yield name, group.dropna(axis=1, how="all")
 
-# %% ../nbs/11h_reading.ipynb #c018
+# %% ../nbs/11h_reading.ipynb #c020
 #| code-fold: true
 def _gaps(run)->list:
     "What a run's description promises and its rows do not hold."
