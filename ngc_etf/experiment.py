@@ -177,6 +177,7 @@ _KNOWN = [
     Experiment("ufm-10-short", "ufm-10", epochs=300, every=300, at=_log_grid(300)),
     Experiment("clusters-100", "clusters-100", "mlp", epochs=8),
     Experiment("clusters-100-narrow", "clusters-100", "mlp-64", epochs=8, project=True),
+    *(Experiment(f"{data}-mlp", data, "mlp", epochs=8) for data in ("fashion-mnist", "cifar100")),
     _digits("digits-net"),
     _digits("digits-net-lt", tail=100.),
     *(Experiment(f"{data}-{net}", data, net) for data, net in _images),

@@ -81,7 +81,8 @@ def network(
 )->Network:
     "The network of an experiment, drawn from its seed."
     torch.manual_seed(exp.seed)
-    trunk, d = body(exp.net)
+    channels, pixels = (3, exp.size) if exp.large else find_data(exp.data).shape[2:]
+    trunk, d = body(exp.net, inputs=channels * pixels**2)
     if exp.project:
         trunk, d = nn.Sequential(trunk, nn.Linear(d, C, bias=False)), C
     net = Network(trunk, make_head(exp, d, C, **changes), exp.precision)
