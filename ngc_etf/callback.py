@@ -174,13 +174,13 @@ class CollapseRecorder(Callback):
         clean:Iterable|None=None,     # a loader of the training set without augmentation, measured as well
         add:Callable|None=None,       # called with (epoch, **row); the rows of an experiment, for instance
         store:int=2**30,              # as in `measure_collapse`
-        begun:int=0,                  # epochs done before this fit, where it continues a run
+        begun:int=0,                  # epochs done before the first fit, where it continues a run
         classifier:str="",            # name of the classifier; our head when "", else the last linear layer
     ):
         if every < 0: raise ValueError(f"every must be 0 or a number of epochs, got every={every}")
         if any(e < 1 for e in at): raise ValueError(f"at must hold epochs counted from 1, got at={tuple(at)}")
         self.every, self.at, self.clean, self.add, self.store = every, set(at), clean, add, store
-        self.begun, self.classifier = begun, classifier
+        self.begun, self.done, self.classifier = begun, begun, classifier
         self.rows:list[dict] = []
 
     def before_epoch(self)->None:
@@ -191,7 +191,8 @@ class CollapseRecorder(Callback):
 
     def after_epoch(self)->None:
         if not self.trained or hasattr(self.learn, "lr_finder"): return  # nobody's epoch: validate, lr_find
-        epoch = self.begun + self.epoch + 1
+        if self.epoch == 0: self.begun = self.done  # a further fit goes on counting
+        epoch = self.done = self.begun + self.epoch + 1
         if epoch not in self.at and not (self.every and epoch % self.every == 0): return
         row = self.measure()
         self.rows.append({"epoch": epoch} | row)
