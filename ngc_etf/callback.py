@@ -191,7 +191,8 @@ class CollapseRecorder(Callback):
 
     def after_epoch(self)->None:
         if not self.trained or hasattr(self.learn, "lr_finder"): return  # nobody's epoch: validate, lr_find
-        if self.epoch == 0: self.begun = self.done  # a further fit goes on counting
+        if self.epoch == 0:  # a further fit goes on counting
+            self.begun = self.done
         epoch = self.done = self.begun + self.epoch + 1
         if epoch not in self.at and not (self.every and epoch % self.every == 0): return
         row = self.measure()

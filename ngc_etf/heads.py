@@ -17,7 +17,7 @@ from ngc_etf.directed import (
     _AboutMean, _DirectedHead, _counts, _is_unchanged, _mean_is_plain, _rows, direction,
 )
 from .layer import Head, _once
-from .means import processes
+from .means import _on_the_host, processes
 from .nearest import SOLVERS, nearest_etf
 from .procrustes import _derivative
 from .proximal import procrustes_target
@@ -135,9 +135,7 @@ def _nearest(H, U_prox, delta:float, solver:str):
     return U
 
 # %% ../nbs/05_heads.ipynb #c023
-_SPLITS = (torch.Tag.cudagraph_unsafe,)  # reads a number: CUDA graphs must leave it out
-
-@torch.library.custom_op("ngc_etf::solve_or_hold", mutates_args=(), tags=_SPLITS)
+@torch.library.custom_op("ngc_etf::solve_or_hold", mutates_args=(), **_on_the_host)  # it reads a number
 def _solve_or_hold(
     H:Tensor, U_prox:Tensor, done:Tensor, delta:float, every:int, solver:str, solve_first:bool=True,
 )->tuple[Tensor, Tensor]:

@@ -199,6 +199,11 @@ class _NamedState(_Repeatable):
                 "exchanged (`swap_head`); the way back from a head to plain layers is `ngc_etf.plain(model)`")
 
 # %% ../nbs/04b_layer.ipynb #c027
+@torch.compiler.assume_constant_result
+def _knows_autocast(device:str)->bool:
+    "Whether autocast exists on a kind of device."
+    return torch.amp.is_autocast_available(device)
+
 class Head(_NamedState):
     "The common part: features of norm tau in, logits (N, C) out; at evaluation a linear map."
     W:Tensor            # (C, d) rows of the classifier: parameter or buffer
@@ -229,7 +234,7 @@ class Head(_NamedState):
         "Logits in autocast's dtype where it is on, else in h's own."
         check_batch(h, None, self.C, self.d)
         device = h.device.type
-        auto = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        auto = _knows_autocast(device) and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if auto else h.dtype
         with torch.autocast(device, enabled=False) if auto else nullcontext():
             x = self.features(h)

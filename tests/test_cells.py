@@ -49,13 +49,13 @@ def root(tmp_path_factory):
 
 
 @cache
-def built(name):
-    return body(name)
+def built(name, **given):
+    return body(name, **given)
 
 
-def copied(name):
+def copied(name, **given):
     "The network as `body` makes it, whose unused first weights are drawn once only: AGD draws its own."
-    net, d = built(name)
+    net, d = built(name, **given)
     return copy.deepcopy(net), d
 
 
