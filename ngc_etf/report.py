@@ -125,6 +125,24 @@ def _variants(evidence, base, groups):
     if not tables: return ""
     return f"<p>Variants of {html.escape(base)}:</p>" + _wide(pd.concat(tables), "table1")
 
+def _flat(tree, above=""):
+    "{'experiment.epochs': 8, ...} of nested dictionaries."
+    out:dict[str, object] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
+    return out
+
+def _configuration(runs):
+    "The descriptions of runs as text: what all have in common once, then a line for each run's own."
+    flat = {stem: _flat(about) for stem, about in runs.items()}
+    first, *others = flat.values()
+    shared = {k: v for k, v in first.items() if all(k in o and o[k] == v for o in others)}
+    lines = [f"{k}: {json.dumps(v)}" for k, v in shared.items()]
+    for stem, fields in flat.items():
+        own = [f"{k.split('.')[-1]}={json.dumps(v)}" for k, v in fields.items() if k not in shared]
+        lines.append(f"{stem}: {', '.join(own)}")
+    return "\n".join(lines)
+
 def _of_one(evidence, base, groups, figures):
     "The part of the page about one experiment and its variants, {name: rows}."
     title = html.escape(base)
@@ -139,11 +157,11 @@ def _of_one(evidence, base, groups, figures):
         part.append(_picture(fig, f"panels of {base}", base, figures) if fig else "")
         part.append(_wide(summary(groups[base], evidence.about), absent=_not_run(groups[base])))
     part.append(_variants(evidence, base, variants))
-    config = html.escape(json.dumps(runs, indent=1), quote=False)
+    config = html.escape(_configuration(runs), quote=False)
     summed = f"Configuration and versions of the {len(runs)} runs"
     return [*part, f"<details><summary>{summed}</summary><pre>{config}</pre></details>"]
 
-# %% ../nbs/12f_report.ipynb #c018
+# %% ../nbs/12f_report.ipynb #c019
 #| code-fold: true
 def _pictures(evidence):
     "{name: (title, figure)} of what looks at several experiments, as far as there are rows."
@@ -170,7 +188,7 @@ def _of_all(evidence, tables, figures):
         out += [f"<h2>{html.escape(title)}</h2>", part]
     return out if of_paper else [*out, "<p>No run here belongs to Tables 1 and 2 of the paper.</p>"]
 
-# %% ../nbs/12f_report.ipynb #c020
+# %% ../nbs/12f_report.ipynb #c021
 #| code-fold: true
 _LINES = (
     "In the figures, lines are medians over seeds, bands run from the least to the greatest, and dotted "
@@ -198,7 +216,7 @@ def html_report(
     path.write_text(_page("report", "\n".join(body)), encoding="utf-8")
     return path
 
-# %% ../nbs/12f_report.ipynb #c024
+# %% ../nbs/12f_report.ipynb #c025
 #| code-fold: true
 def _parser():
     "The arguments of `ngc_report`."
@@ -215,7 +233,7 @@ def _parser():
     p.add_argument("--seeds", type=int, help="with --suite: seeds of each run (default: the suite's own)")
     return p
 
-# %% ../nbs/12f_report.ipynb #c026
+# %% ../nbs/12f_report.ipynb #c027
 #| code-fold: true
 def _print_report(args):
     "What `ngc_report` says and writes; the complaints, with --check."
