@@ -8,6 +8,7 @@ __all__ = ['as_markdown', 'as_html', 'as_latex']
 # %% ../nbs/12e_render.ipynb #c003
 import base64
 import html
+import json
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,26 @@ def _ours(table):
 
 # %% ../nbs/12e_render.ipynb #c017
 #| code-fold: true
+def _flat(tree, above=""):
+    "{'experiment.epochs': 8, ...} of nested dictionaries."
+    out:dict[str, object] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
+    return out
+
+def _configuration(runs):
+    "The descriptions of runs as text: what all have in common once, then a line for each run's own."
+    flat = {stem: _flat(about) for stem, about in runs.items()}
+    first, *others = flat.values()
+    shared = {k: v for k, v in first.items() if all(k in o and o[k] == v for o in others)}
+    lines = [f"{k}: {json.dumps(v)}" for k, v in shared.items()]
+    for stem, fields in flat.items():
+        own = [f"{k.split('.')[-1]}={json.dumps(v)}" for k, v in fields.items() if k not in shared]
+        lines.append(f"{stem}: {', '.join(own)}")
+    return "\n".join(lines)
+
+# %% ../nbs/12e_render.ipynb #c020
+#| code-fold: true
 _LIGHT = {"ink": "#222", "paper": "#fff", "line": "#ddd", "soft": "#f5f5f5", "faint": "#767676",
           "good": "#1a7f37", "bad": "#b42318"}
 _DARK = {"ink": "#ddd", "paper": "#161616", "line": "#3a3a3a", "soft": "#232323", "faint": "#999",
@@ -130,7 +151,7 @@ _STYLE = {
     "pre": {"background": "var(--soft)", "padding": "1rem", "overflow": "auto", "font-size": ".8rem"},
 }
 
-# %% ../nbs/12e_render.ipynb #c019
+# %% ../nbs/12e_render.ipynb #c022
 #| code-fold: true
 _NARROW = {
     "figure": {"overflow-x": "auto"},
@@ -161,7 +182,7 @@ def _colours(names):
     "The style that gives colours their names."
     return {":root": {f"--{name}": colour for name, colour in names.items()}}
 
-# %% ../nbs/12e_render.ipynb #c022
+# %% ../nbs/12e_render.ipynb #c025
 #| code-fold: true
 def _page(title, body):
     "A whole page of HTML around a body."

@@ -8,7 +8,6 @@ __all__ = ['write_tables', 'html_report', 'report_main']
 # %% ../nbs/12f_report.ipynb #c003
 import argparse
 import html
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from .experiment import SUITES
 from .figures import classes_grow, has_curves, panels, step_times
 from .machine import _say, _speaking_as
 from .outcomes import _epochs_to, _runs, coverage, floor_of, summary, sweep_table
-from .render import _collapse, _ours, _page, _picture, _wide, as_latex, as_markdown
+from .render import _collapse, _configuration, _ours, _page, _picture, _wide, as_latex, as_markdown
 from .reading import by_experiment, check_rows
 from .rules import Evidence, _by_machine, read_evidence
 from .tables import _TITLES, Cell, _base, _verdict, accuracy_table, memory_table, verdict_table
@@ -125,24 +124,6 @@ def _variants(evidence, base, groups):
     if not tables: return ""
     return f"<p>Variants of {html.escape(base)}:</p>" + _wide(pd.concat(tables), "table1")
 
-def _flat(tree, above=""):
-    "{'experiment.epochs': 8, ...} of nested dictionaries."
-    out:dict[str, object] = {}
-    for key, value in tree.items():
-        out |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
-    return out
-
-def _configuration(runs):
-    "The descriptions of runs as text: what all have in common once, then a line for each run's own."
-    flat = {stem: _flat(about) for stem, about in runs.items()}
-    first, *others = flat.values()
-    shared = {k: v for k, v in first.items() if all(k in o and o[k] == v for o in others)}
-    lines = [f"{k}: {json.dumps(v)}" for k, v in shared.items()]
-    for stem, fields in flat.items():
-        own = [f"{k.split('.')[-1]}={json.dumps(v)}" for k, v in fields.items() if k not in shared]
-        lines.append(f"{stem}: {', '.join(own)}")
-    return "\n".join(lines)
-
 def _of_one(evidence, base, groups, figures):
     "The part of the page about one experiment and its variants, {name: rows}."
     title = html.escape(base)
@@ -161,7 +142,7 @@ def _of_one(evidence, base, groups, figures):
     summed = f"Configuration and versions of the {len(runs)} runs"
     return [*part, f"<details><summary>{summed}</summary><pre>{config}</pre></details>"]
 
-# %% ../nbs/12f_report.ipynb #c019
+# %% ../nbs/12f_report.ipynb #c018
 #| code-fold: true
 def _pictures(evidence):
     "{name: (title, figure)} of what looks at several experiments, as far as there are rows."
@@ -188,7 +169,7 @@ def _of_all(evidence, tables, figures):
         out += [f"<h2>{html.escape(title)}</h2>", part]
     return out if of_paper else [*out, "<p>No run here belongs to Tables 1 and 2 of the paper.</p>"]
 
-# %% ../nbs/12f_report.ipynb #c021
+# %% ../nbs/12f_report.ipynb #c020
 #| code-fold: true
 _LINES = (
     "In the figures, lines are medians over seeds, bands run from the least to the greatest, and dotted "
@@ -216,7 +197,7 @@ def html_report(
     path.write_text(_page("report", "\n".join(body)), encoding="utf-8")
     return path
 
-# %% ../nbs/12f_report.ipynb #c025
+# %% ../nbs/12f_report.ipynb #c024
 #| code-fold: true
 def _parser():
     "The arguments of `ngc_report`."
@@ -233,7 +214,7 @@ def _parser():
     p.add_argument("--seeds", type=int, help="with --suite: seeds of each run (default: the suite's own)")
     return p
 
-# %% ../nbs/12f_report.ipynb #c027
+# %% ../nbs/12f_report.ipynb #c026
 #| code-fold: true
 def _print_report(args):
     "What `ngc_report` says and writes; the complaints, with --check."
