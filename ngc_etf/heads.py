@@ -6,7 +6,9 @@
 __all__ = ['StandardHead', 'FixedETFHead', 'NearestETFHead']
 
 # %% ../nbs/05_heads.ipynb #c003
+from collections.abc import MutableMapping
 from typing import Self
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -98,7 +100,7 @@ def _hardware(device:torch.device)->str:
     if device.type == "cuda": return torch.cuda.get_device_name(device)
     return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
 
-_DIFFERS:dict[object, bool] = {}  # process group -> whether its devices are of different kinds
+_DIFFERS:MutableMapping[object, bool] = WeakKeyDictionary()  # group -> are its devices of different kinds
 
 def _hardware_differs(device:torch.device)->bool:
     "Whether the processes compute on different kinds of device; they ask each other once."
@@ -106,7 +108,6 @@ def _hardware_differs(device:torch.device)->bool:
     if group not in _DIFFERS:
         kinds = [""] * processes()
         dist.all_gather_object(kinds, _hardware(device))
-        _DIFFERS.clear()
         _DIFFERS[group] = len(set(kinds)) > 1
     return _DIFFERS[group]
 

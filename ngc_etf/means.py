@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+if dist.is_available():
+    import torch.distributed.nn.functional  # imported with a group at hand, it would hold that for good
+
 # %% ../nbs/02_means.ipynb #c006
 def processes()->int:
     "How many processes train together: 1 without torch.distributed."
@@ -24,8 +27,7 @@ def _reduce(x:Tensor)->Tensor:
     if hasattr(collectives, "all_reduce_backward"):  # torch knows its gradient, and can trace it
         world:Any = dist.group.WORLD  # where there are several processes it is not None
         return collectives.all_reduce(x, "sum", world)
-    from torch.distributed.nn.functional import all_reduce
-    return all_reduce(x)
+    return torch.distributed.nn.functional.all_reduce(x)
 
 def _all_sum(sums:Tensor, counts:Tensor)->tuple:
     "Both summed over the processes in one all-reduce, with gradient; themselves where there is one process."

@@ -8,6 +8,7 @@ __all__ = ['join_team', 'SharedBatchNorm', 'share_norms', 'Share']
 # %% ../nbs/10d_team.ipynb #c003
 #| code-fold: true
 import atexit
+import gc
 import os
 from contextlib import suppress
 from datetime import timedelta
@@ -27,6 +28,7 @@ def _leave():
     if dist.get_backend() == "gloo":
         with suppress(RuntimeError):
             dist.monitored_barrier(timeout=timedelta(seconds=5))
+    gc.collect()  # a model left in a cycle holds the group, and with it the threads that speak
     dist.destroy_process_group()
 
 def join_team(

@@ -1,7 +1,11 @@
 "Two and four gloo processes: equal to each other exactly, and to one process on the joined batch to 1e-5."
 
 import copy
+import gc
+import os
 import socket
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +97,20 @@ def worker(rank, sizes, port, kind, dtype, late, lr, setup, out):
     dist.destroy_process_group()
 
 
+def leaving(rank, sizes, port, out):
+    "Trains as `worker` does, and then: does anything still hold the process group?"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(sizes))
+    group = weakref.ref(dist.group.WORLD)
+    net = Net(NearestETFHead, torch.float32)
+    mine = [b[rank] for b in batches(sizes, torch.float32, True)]
+    train(net, mine, DistributedDataParallel(net, broadcast_buffers=False))
+    dist.destroy_process_group()
+    gc.collect()
+    threads = [Path(f"/proc/self/task/{t}/comm") for t in os.listdir("/proc/self/task")]
+    torch.save({"gone": group() is None, "threads": [t.read_text() for t in threads]}, f"{out}/{rank}.pt")
+
+
 def run(sizes, kind, out, dtype=torch.float64, late=True, lr=0.1, setup=same_everywhere):
     torch.set_num_threads(1)
     with socket.socket() as s:
@@ -102,6 +120,20 @@ def run(sizes, kind, out, dtype=torch.float64, late=True, lr=0.1, setup=same_eve
         worker, (sizes, port, kind, dtype, late, lr, setup, str(out)), nprocs=len(sizes), start_method="fork"
     )
     return [torch.load(f"{out}/{r}.pt") for r in range(len(sizes))]
+
+
+def test_a_process_group_can_end(tmp_path):
+    "What holds the group keeps its threads, and these abort a process that leaves."
+    if not Path("/proc/self/task").exists():
+        pytest.skip("threads have no names here")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    sizes = [6, 6]
+    mp.start_processes(leaving, (sizes, port, str(tmp_path)), nprocs=2, start_method="forkserver")
+    for rank in range(2):
+        end = torch.load(tmp_path / f"{rank}.pt")
+        assert end["gone"] and not [t for t in end["threads"] if "gloo" in t]
 
 
 def joined(sizes, dtype, late):
