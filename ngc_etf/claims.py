@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .catalogue import UFM
-from .experiment import EXPERIMENTS
+from .known import EXPERIMENTS
 from .outcomes import _epochs_to, floor_of
 from .rules import (
     _SEEDS, _THREE, Evidence, Verdict, _by_experiment, _by_machine, _ends_of, _epochs, _faster, _judge,

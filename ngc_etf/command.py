@@ -17,7 +17,8 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 
 from .catalogue import UFM
-from .experiment import EXPERIMENTS, METHODS, SUITES, TRACKERS, get_experiment, suite_cells
+from .experiment import METHODS, TRACKERS
+from .known import EXPERIMENTS, SUITES, get_experiment, suite_cells
 from .machine import _say, _speaking_as, _status, _terminable, _wait_passively
 
 # %% ../nbs/11g_command.ipynb #c006

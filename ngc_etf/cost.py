@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from .experiment import get_experiment
+from .known import get_experiment
 from .machine import _say, _speaking_as, environment
 
 # %% ../nbs/13_cost.ipynb #c006

@@ -6,12 +6,9 @@
 __all__ = ['StandardHead', 'FixedETFHead', 'NearestETFHead']
 
 # %% ../nbs/05_heads.ipynb #c003
-from collections.abc import MutableMapping
 from typing import Self
-from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,12 +16,11 @@ from ngc_etf.directed import (
     _AboutMean, _DirectedHead, _counts, _is_unchanged, _mean_is_plain, _rows, direction,
 )
 from .layer import Head, _once
-from .means import _on_the_host, processes
-from .nearest import SOLVERS, nearest_etf
-from .procrustes import _derivative
-from .proximal import procrustes_target
+from .means import processes
+from .nearest import SOLVERS
 from .running import RunningGlobalMean, RunningMeans
 from .simplex import check_classes
+from .solving import _nearest, _proximal, _solve_or_hold
 
 # %% ../nbs/05_heads.ipynb #c009
 class StandardHead(Head):
@@ -95,86 +91,6 @@ class FixedETFHead(Head):
 _direction = direction  # `direction` is also the name of an argument
 
 # %% ../nbs/05_heads.ipynb #c019
-def _hardware(device:torch.device)->str:
-    "What the rounding of a solve depends on."
-    if device.type == "cuda": return torch.cuda.get_device_name(device)
-    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
-
-_DIFFERS:MutableMapping[object, bool] = WeakKeyDictionary()  # group -> are its devices of different kinds
-
-def _hardware_differs(device:torch.device)->bool:
-    "Whether the processes compute on different kinds of device; they ask each other once."
-    group = dist.group.WORLD
-    if group not in _DIFFERS:
-        kinds = [""] * processes()
-        dist.all_gather_object(kinds, _hardware(device))
-        _DIFFERS[group] = len(set(kinds)) > 1
-    return _DIFFERS[group]
-
-def _take_rank_0s(U:Tensor)->Tensor:
-    "U becomes that of process 0, in place and outside autograd."
-    theirs = U.detach().contiguous()
-    dist.broadcast(theirs, 0)
-    U.data.copy_(theirs)
-    return U
-
-# %% ../nbs/05_heads.ipynb #c021
-def _proximal(H, U_prox, first:bool, solver:str, solve_first:bool=True):
-    "U_prox of problem (7): the last direction; at the first step the solution of (6) nearest to the start."
-    U_prox = U_prox.to(H, copy=True)
-    if not first: return U_prox
-    if processes() > 1:
-        _take_rank_0s(U_prox)
-    if not solve_first: return U_prox
-    return nearest_etf(H.detach(), solver=solver, start=U_prox, validate=False)
-
-def _nearest(H, U_prox, delta:float, solver:str):
-    "The solution of (7), the same on all processes."
-    U = nearest_etf(H, U_prox, delta, solver, validate=False)
-    if processes() > 1 and _hardware_differs(U.device):
-        _take_rank_0s(U)  # the adjoint, which saved U, is then that of process 0
-    return U
-
-# %% ../nbs/05_heads.ipynb #c023
-@torch.library.custom_op("ngc_etf::solve_or_hold", mutates_args=(), **_on_the_host)  # it reads a number
-def _solve_or_hold(
-    H:Tensor, U_prox:Tensor, done:Tensor, delta:float, every:int, solver:str, solve_first:bool=True,
-)->tuple[Tensor, Tensor]:
-    "U (d, C) of problem (7) and the P that it is the polar factor of; between solves the last U, and zeros."
-    step = int(done)
-    if step % every: return U_prox.to(H, copy=True).contiguous(), H.new_zeros(H.shape)
-    U_prox = _proximal(H, U_prox, step == 0, solver, solve_first)
-    U, P = _nearest(H, U_prox, delta, solver), procrustes_target(H, U_prox, delta)
-    return U.contiguous(), P.contiguous()
-
-@_solve_or_hold.register_fake
-def _(H, U_prox, done, delta, every, solver, solve_first=True):
-    return H.new_empty(H.shape), H.new_empty(H.shape)
-
-# %% ../nbs/05_heads.ipynb #c024
-@torch.library.custom_op("ngc_etf::solve_or_hold_vjp", mutates_args=())
-def _solve_or_hold_vjp(U:Tensor, P:Tensor, v:Tensor)->Tensor:
-    "dL/dP (d, C) for v = dL/dU."
-    if not P.any(): return torch.zeros_like(U)
-    return _derivative(P, U, P.new_empty(0), P.new_empty(0, 0), v)  # it finds singular values itself
-
-@_solve_or_hold_vjp.register_fake
-def _(U, P, v):
-    return torch.empty_like(U)
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*output)
-    ctx.mark_non_differentiable(output[1])
-
-def _adjoint(ctx, v, _):
-    "dL/dH = 2 dL/dP M̃."
-    dP = torch.ops.ngc_etf.solve_or_hold_vjp(*ctx.saved_tensors, v)
-    dH = (dP - dP.mean(1, keepdim=True)) * (2 / (v.shape[1]-1)**0.5)
-    return dH, None, None, None, None, None, None
-
-_solve_or_hold.register_autograd(_adjoint, setup_context=_save)
-
-# %% ../nbs/05_heads.ipynb #c026
 class _NearestStep(_DirectedHead):
     "The training step of `NearestETFHead`: means, problem (7), W; run by Python or as a graph."
     delta:float
@@ -225,7 +141,7 @@ class _NearestStep(_DirectedHead):
     def __getstate__(self):
         return super().__getstate__() | {"_known": None}
 
-# %% ../nbs/05_heads.ipynb #c028
+# %% ../nbs/05_heads.ipynb #c021
 def _check_options(delta, solver, solve_every):
     "A `ValueError` that names the option, its value and what is allowed."
     if not delta > 0:
@@ -235,7 +151,7 @@ def _check_options(delta, solver, solve_every):
     if not (isinstance(solve_every, int) and solve_every >= 1):
         raise ValueError(f"solve_every must be a whole number of steps from 1, got {solve_every!r}")
 
-# %% ../nbs/05_heads.ipynb #c030
+# %% ../nbs/05_heads.ipynb #c023
 class NearestETFHead(_NearestStep):
     "At every training step the simplex ETF nearest to the class means (Eqs. 7-9); no parameters."
     _needs_past = True

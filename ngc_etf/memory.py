@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from .catalogue import DATASETS, UFM
 from .data import balanced_labels
-from .experiment import get_experiment
 from .kernels import _dense_bytes, peak_bytes
+from .known import get_experiment
 from .models import body
 from .step import make_head
 

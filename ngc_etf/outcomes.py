@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .catalogue import DATASETS, UFM
-from .experiment import EXPERIMENTS
+from .known import EXPERIMENTS
 from .reading import _KEY
 from .tables import _FREE, Cell, _base, _deviations, _stems
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from .experiment import EXPERIMENTS, METHODS, SUITES, Experiment, suite_cells
+from .experiment import METHODS, Experiment
+from .known import EXPERIMENTS, SUITES, suite_cells
 from .rows import parse_config
 
 # %% ../nbs/11h_reading.ipynb #c006

@@ -16,12 +16,12 @@ import pandas as pd
 
 from .catalogue import UFM
 from .claims import judge, sentences
-from .experiment import SUITES
 from .figures import classes_grow, has_curves, panels, step_times
+from .known import SUITES
 from .machine import _say, _speaking_as
 from .outcomes import _epochs_to, _runs, coverage, floor_of, summary, sweep_table
-from .render import _collapse, _configuration, _ours, _page, _picture, _wide, as_latex, as_markdown
 from .reading import by_experiment, check_rows
+from .render import _collapse, _configuration, _ours, _page, _picture, _wide, as_latex, as_markdown
 from .rules import Evidence, _by_machine, read_evidence
 from .tables import _TITLES, Cell, _base, _verdict, accuracy_table, memory_table, verdict_table
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .experiment import EXPERIMENTS
+from .known import EXPERIMENTS
 from .outcomes import _LENGTH, _runs, _sweeps, _together
 from .reading import load_rows
 from .tables import _of_paper, _read_cost, _stems

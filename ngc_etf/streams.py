@@ -19,11 +19,13 @@ import torch
 from .batches import loaders
 from .data import TensorData
 from .evaluation import measure_collapse
-from .experiment import Experiment, get_experiment
-from .heads import NearestETFHead, _proximal
+from .experiment import Experiment
+from .heads import NearestETFHead
 from .implicit import ddn_jacobian
+from .known import get_experiment
 from .machine import environment
 from .proximal import procrustes_target, trust_region
+from .solving import _proximal
 from .step import TrainingStep, build_step, network, open_data
 
 # %% ../nbs/11i_streams.ipynb #c006

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .experiment import EXPERIMENTS
+from .known import EXPERIMENTS
 
 # %% ../nbs/12a_tables.ipynb #c007
 #| code-fold: true

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from .catalogue import UFM
-from .experiment import get_experiment
 from .kernels import _dense_backward_seconds, _dense_bytes, proximal_problem
+from .known import get_experiment
 from .machine import take_turns
 from .nearest import nearest_etf
 from .step import build_step

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ngc_etf.experiment import SUITES, get_experiment
+from ngc_etf.known import SUITES, get_experiment
+from ngc_etf.models import body
 from ngc_etf.rows import Rows
 from ngc_etf.runner import run
-from ngc_etf.models import body
 from test_data import write_cifar, write_stl
 
 CELLS = list(dict.fromkeys(SUITES["table1"] + SUITES["table2"]))

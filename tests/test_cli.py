@@ -5,12 +5,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ngc_etf.experiment import EXPERIMENTS, METHODS, get_experiment
-from ngc_etf.rows import Rows
-from ngc_etf.runner import run
+from ngc_etf.command import train_main, train_parser
+from ngc_etf.experiment import METHODS
+from ngc_etf.known import EXPERIMENTS, get_experiment
 from ngc_etf.reading import load_rows
 from ngc_etf.report import report_main
-from ngc_etf.command import train_main, train_parser
+from ngc_etf.rows import Rows
+from ngc_etf.runner import run
 
 
 def shell(code, *argv, **kw):

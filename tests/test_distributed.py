@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-import ngc_etf.heads as heads
+import ngc_etf.solving as solving
 import ngc_etf.means as means
 from ngc_etf.heads import FixedETFHead, NearestETFHead
 from ngc_etf.simplex import haar_direction
@@ -67,8 +67,8 @@ def same_everywhere(rank):
 
 def another_device(rank):
     "Rank 1 says that it is another device, and rounds (here: errs) accordingly."
-    heads._hardware = lambda device: f"device {rank}"
-    solve = heads.nearest_etf
+    solving._hardware = lambda device: f"device {rank}"
+    solve = solving.nearest_etf
 
     def perturbed(*args, **kw):
         U = solve(*args, **kw)
@@ -76,7 +76,7 @@ def another_device(rank):
             U.data.add_(1e-6)
         return U
 
-    heads.nearest_etf = perturbed
+    solving.nearest_etf = perturbed
 
 
 def worker(rank, sizes, port, kind, dtype, late, lr, setup, out):
@@ -91,7 +91,7 @@ def worker(rank, sizes, port, kind, dtype, late, lr, setup, out):
         lr,
     )
     torch.save(
-        {"state": net.state_dict(), "grads": grads, "mixed": list(heads._DIFFERS.values())},
+        {"state": net.state_dict(), "grads": grads, "mixed": list(solving._DIFFERS.values())},
         f"{out}/{rank}.pt",
     )
     dist.destroy_process_group()

@@ -282,11 +282,11 @@ def test_lr_find_leaves_no_trace(tmp_path, fitted):
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_a_micro_batch_is_a_batch_and_solve_every_spares_solves(tmp_path, monkeypatch, k):
-    from ngc_etf import heads
+    from ngc_etf import solving
 
-    solves, solve = [], heads.nearest_etf
+    solves, solve = [], solving.nearest_etf
     monkeypatch.setattr(
-        heads,
+        solving,
         "nearest_etf",
         lambda H, U_prox=None, *a, **kw: solves.append(U_prox is None) or solve(H, U_prox, *a, **kw),
     )

@@ -11,12 +11,13 @@ import pandas as pd
 import pytest
 
 from ngc_etf.claims import CLAIMS, _constant_rate, _decaying_alpha, _stable_start, judge, sentences
-from ngc_etf.experiment import EXPERIMENTS, Experiment, get_experiment
+from ngc_etf.experiment import Experiment
 from ngc_etf.figures import curve, panels, save_figure
 from ngc_etf.floor import cross_entropy_floor
+from ngc_etf.known import EXPERIMENTS, get_experiment
 from ngc_etf.outcomes import coverage, floor_of, summary, sweep_table
-from ngc_etf.report import report_main, write_tables
 from ngc_etf.reading import check_rows, load_rows
+from ngc_etf.report import report_main, write_tables
 from ngc_etf.rules import read_evidence
 from ngc_etf.tables import _TITLES, PAPER, _compared, _verdict, accuracy_table, verdict_table
 
@@ -264,7 +265,7 @@ def test_a_description_that_is_none_is_said(tmp_path):
 
 def test_check_against_a_suite(tmp_path, monkeypatch):
     monkeypatch.setitem(
-        __import__("ngc_etf.experiment", fromlist=["SUITES"]).SUITES,
+        __import__("ngc_etf.known", fromlist=["SUITES"]).SUITES,
         "small",
         [("digits-net", "fixed"), ("digits-net", "nearest", 2)],
     )

@@ -12,7 +12,8 @@ import pytest
 
 import ngc_etf.files as files_module
 import ngc_etf.rows as rows_module
-from ngc_etf.experiment import Experiment, get_experiment
+from ngc_etf.experiment import Experiment
+from ngc_etf.known import get_experiment
 from ngc_etf.reading import check_rows, load_rows, read_runs
 from ngc_etf.rows import Rows
 

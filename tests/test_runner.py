@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from ngc_etf.rows import Rows
-from ngc_etf.team import SharedBatchNorm
 from ngc_etf import rows as rows_module
-from ngc_etf.experiment import get_experiment, suite_cells
-from ngc_etf.machine import OutOfTime
-from ngc_etf.runner import run
-from ngc_etf.command import named_cells, train_main, train_parser
-from ngc_etf.suite import estimate, to_do
 from ngc_etf import suite
+from ngc_etf.command import named_cells, train_main, train_parser
+from ngc_etf.known import get_experiment, suite_cells
+from ngc_etf.machine import OutOfTime
+from ngc_etf.rows import Rows
+from ngc_etf.runner import run
+from ngc_etf.suite import estimate, to_do
+from ngc_etf.team import SharedBatchNorm
 from test_data import tree
 
 TRAIN = "from ngc_etf.command import train_main; train_main()"
