@@ -21,9 +21,9 @@ from fastai.torch_core import no_random
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .evaluation import measure_collapse
 from .heads import Head, NearestETFHead
 from .means import as_labels
-from .evaluation import measure_collapse
 from .swap import _swap_for_data
 
 # %% ../nbs/10_callback.ipynb #c006

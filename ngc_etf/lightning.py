@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from .classifier import _layers
 from .elsewhere import _need
 from .heads import Head, NearestETFHead
-from .classifier import _layers
 from .swap import _swap_for_data, swap_head
 
 # %% ../nbs/10b_lightning.ipynb #c005t

@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if dist.is_available():
-    import torch.distributed.nn.functional  # imported with a group at hand, it would hold that for good
 
 # %% ../nbs/02_means.ipynb #c006
 def processes()->int:
     "How many processes train together: 1 without torch.distributed."
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+if dist.is_available():
+    import torch.distributed.nn.functional  # imported while a group exists, its defaults would hold that
 
 def _reduce(x:Tensor)->Tensor:
     "The sum over all processes, with gradient."

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .lapack import eigh, svd
 from .means import _centre, _label_faults, as_labels
-from .solvers import _wide
 from .simplex import check_classes, standard_etf
+from .solvers import _wide
 
 # %% ../nbs/06_metrics.ipynb #c007
 def _f64(t:Tensor)->Tensor:

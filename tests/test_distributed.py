@@ -117,7 +117,10 @@ def run(sizes, kind, out, dtype=torch.float64, late=True, lr=0.1, setup=same_eve
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     mp.start_processes(
-        worker, (sizes, port, kind, dtype, late, lr, setup, str(out)), nprocs=len(sizes), start_method="fork"
+        worker,
+        (sizes, port, kind, dtype, late, lr, setup, str(out)),
+        nprocs=len(sizes),
+        start_method="forkserver",  # a fork of this process would take along the threads of earlier tests
     )
     return [torch.load(f"{out}/{r}.pt") for r in range(len(sizes))]
 

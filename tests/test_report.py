@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ngc_etf.claims import CLAIMS, _constant_rate, _decaying_alpha, _stable_start, judge, sentences
+from ngc_etf.claims import _constant_rate, _decaying_alpha, _stable_start
 from ngc_etf.experiment import Experiment
 from ngc_etf.figures import curve, panels, save_figure
 from ngc_etf.floor import cross_entropy_floor
+from ngc_etf.judgement import CLAIMS, judge, sentences
 from ngc_etf.known import EXPERIMENTS, get_experiment
 from ngc_etf.outcomes import coverage, floor_of, summary, sweep_table
 from ngc_etf.reading import check_rows, load_rows

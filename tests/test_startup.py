@@ -19,7 +19,9 @@ def imported(code):
     return done.stdout.splitlines()[-1].split(), done.stderr
 
 
-@pytest.mark.parametrize("module", ["catalogue", "experiment", "known", "machine", "files", "command", "cost"])
+@pytest.mark.parametrize(
+    "module", ["catalogue", "experiment", "known", "machine", "files", "command", "cost"]
+)
 def test_names_and_numbers_need_python_alone(module):
     assert imported(f"import ngc_etf.{module}") == ([], "")
 
