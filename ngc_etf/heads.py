@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from ngc_etf.directed import (
     _AboutMean, _DirectedHead, _counts, _is_unchanged, _mean_is_plain, _rows, direction,
 )
-from .layer import Head, _once
+from .layer import Head
 from .means import processes
 from .nearest import SOLVERS
+from .repeated import _once
 from .running import RunningGlobalMean, RunningMeans
 from .simplex import check_classes
 from .solving import _nearest, _proximal, _solve_or_hold
@@ -97,6 +98,12 @@ class _NearestStep(_DirectedHead):
     solver:str
     solve_every:int
     solve_first:bool
+    ddn_grad:bool
+    lag:bool
+
+    def extra_repr(self)->str:
+        names = "delta", "ddn_grad", "solver", "solve_every", "lag", "solve_first"
+        return ", ".join([super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in names)])
 
     def _start(self):
         self._known = None   # steps so far, and the state of the buffer means.t that they were read from

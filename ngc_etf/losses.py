@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .means import ValueCheck, _all_sum, _label_faults, as_labels, processes
+from .means import ValueCheck, _all_sum, _label_faults, _need_tensor, as_labels, processes
 from .solvers import at_least_float32
 
 # %% ../nbs/05c_losses.ipynb #c007
@@ -19,6 +19,7 @@ _check = ValueCheck()
 
 def _hard_labels(z, y, name):
     "Labels (N,) int64 with their values checked (on a GPU: at a later call)."
+    _need_tensor("logits z", z)
     if z.ndim != 2 or not z.is_floating_point():
         raise ValueError(f"{name} needs floating-point logits z (N, C), got {z.dtype} {tuple(z.shape)}")
     if len(z) == 0: raise ValueError(f"{name} needs at least one sample, got N=0")

@@ -72,12 +72,18 @@ def _centre(
     return torch.addr(offset, present, rest, alpha=-1).mT, middle + rest
 
 # %% ../nbs/02_means.ipynb #c019
+def _need_tensor(what, x):
+    "A `TypeError` for an array, a list or None."
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{what} must be a tensor, got {type(x).__name__}: torch.as_tensor makes one")
+
 def as_labels(
     y:Tensor, # (N,) or (N, 1) integers of any type, or (N, C) class shares
     N:int,    # number of samples
     C:int,    # number of classes
 )->Tensor:    # (N,) int64, or the shares as given
     "Labels in the form that the package computes with, or a `ValueError`. Reads no values."
+    _need_tensor("labels", y)
     if y.is_floating_point() and y.ndim == 2:
         if y.shape == (N, C): return y
         raise ValueError(f"soft labels must have shape ({N}, {C}), got {tuple(y.shape)}")
@@ -96,6 +102,7 @@ def check_batch(
 )->Tensor|None:      # the labels as `as_labels` returns them, or None
     "Shapes, types, an empty batch: what can be checked without the values. Nothing while TorchScript traces."
     if torch.jit.is_tracing(): return y
+    _need_tensor("features", h)
     if h.ndim != 2 or (d is not None and h.shape[1] != d):
         raise ValueError(f"features must have shape (N, {'d' if d is None else d}), got {tuple(h.shape)}")
     if not h.is_floating_point(): raise ValueError(f"features must be floating point, got {h.dtype}")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .lapack import eigh, svd
-from .means import _centre, _label_faults, as_labels
+from .means import _centre, _label_faults, _need_tensor, as_labels
 from .simplex import check_classes, standard_etf
 from .solvers import _wide
 
@@ -28,6 +28,7 @@ def _matrix(
     *shape,   # the shape it must have; None fits any size
 )->Tensor:
     "`t` in float64, or a `ValueError` that names it."
+    _need_tensor(name, t)
     want = ", ".join("any" if s is None else str(s) for s in shape) + ("," if len(shape) == 1 else "")
     if t.ndim != len(shape) or any(s not in (None, n) for s, n in zip(shape, t.shape)):
         raise ValueError(f"{name} must have shape ({want}), got {tuple(t.shape)}")

@@ -9,6 +9,7 @@ __all__ = ['SOLVERS', 'nearest_etf']
 import torch
 from torch import Tensor
 
+from .means import _need_tensor
 from .procrustes import _polar
 from .proximal import procrustes_target, trust_region
 from .simplex import canonical_direction, check_classes
@@ -20,6 +21,7 @@ SOLVERS = ("auto", *_SOLVE, "trust_region")
 def _check_like(name, X, H):
     "A `ValueError` unless X is a real tensor of H's shape, on H's device."
     if X is None: return
+    _need_tensor(name, X)
     if not X.is_floating_point(): raise ValueError(f"{name} must be floating-point, got {X.dtype}")
     if X.shape != H.shape:
         raise ValueError(f"{name} must have H's shape {tuple(H.shape)}, got {tuple(X.shape)}")
@@ -27,6 +29,7 @@ def _check_like(name, X, H):
 
 def _check(H, U_prox, delta, solver, start):
     "What the host can know without asking the device."
+    _need_tensor("H", H)
     if H.ndim != 2: raise ValueError(f"H must be (d, C), got shape {tuple(H.shape)}")
     check_classes(H.shape[1], H.shape[0])
     for name, X in (("H", H), ("U_prox", U_prox), ("start", start)):

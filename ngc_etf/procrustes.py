@@ -14,6 +14,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.library import Library, register_fake, register_vmap
 
 from .lapack import eigh
+from .means import _need_tensor
 from .solvers import _SOLVE, _answer, _exact, _eye_like, _negligible, at_least_float32
 
 # %% ../nbs/03b_procrustes.ipynb #c009
@@ -230,6 +231,7 @@ def polar(
     solver:str="auto",  # "auto", "svd", "gram", "newton_schulz" or "polar"
 )->Tensor:              # U (..., d, C), orthonormal columns; at least float32
     "The orthogonal polar factor of P, the frame nearest to it; differentiable as often as one likes."
+    _need_tensor("P", P)
     if P.ndim < 2 or P.shape[-2] < P.shape[-1]:
         raise ValueError(f"P must be (d, C) with d >= C, or a batch (..., d, C), got shape {tuple(P.shape)}")
     if P.is_complex(): raise ValueError(f"P must be real, got {P.dtype}: class means are not complex")

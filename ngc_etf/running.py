@@ -125,6 +125,9 @@ class RunningMeans(Stateful):
         self.register_buffer("H_bar", torch.zeros(d, C))
         self.register_buffer("seen", torch.zeros(C))
 
+    def extra_repr(self)->str:
+        return f"d={self.d}, C={self.C}, alpha={self.alpha!r}"
+
     def forward(self,
         h:Tensor, # (N, d) features
         y:Tensor, # (N,) labels, or (N, C) class shares

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.nn.utils import parametrizations
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from ngc_etf.classifier import last_linear
 from ngc_etf.heads import Head, NearestETFHead
@@ -335,6 +336,21 @@ def test_torchvision_by_structure(name, found):
             last_linear(model)
     else:
         assert last_linear(model) == found
+
+
+def test_torchvision_draws_a_head_as_one_node():
+    "In both modes, and it is the model's own head: labels and state are where they were."
+    model, head, _ = swap_head(torchvision.models.resnet18(num_classes=4))
+    extractor = create_feature_extractor(model, {"flatten": "features", "fc": "logits"})
+    x, y = torch.randn(8, 3, 32, 32), torch.arange(8) % 4
+    head.targets = y
+    out = extractor.train()(x)
+    head.targets = None
+    F.cross_entropy(out["logits"], y).backward()
+    assert head.means.t == 1 and model.conv1.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert torch.allclose(extractor.eval()(x)["logits"], model.eval()(x), atol=1e-5)
+    assert "alpha='paper'" in repr(head) and "solve_every=1" in repr(head)
 
 
 def test_an_auxiliary_classifier_is_not_taken():
