@@ -78,10 +78,16 @@ def _without_feeds(model:nn.Module)->nn.Module:
             owner.remove()
     return model
 
+class _Unlabelled(nn.Sequential):
+    "Layers one after the other; labels that come along are not looked at."
+    def forward(self, h, y=None):
+        return super().forward(h)
+
 @torch.no_grad()
 def plain(
-    model:nn.Module, # holds one of our heads, or several; stays as it is
-)->nn.Module:        # the evaluation model, of torch's own layers
+    model:nn.Module,   # holds one of our heads, or several; stays as it is
+    labels:bool=False, # the model calls its head as head(h, y): the copy's layers take and ignore y
+)->nn.Module:          # the evaluation model, of torch's own layers
     "A copy for evaluation in which each head has become RMSNorm and Linear; float32 or better."
     if not _heads(model): raise ValueError("the model has no head of ngc_etf: it is plain already")
     model = _without_feeds(copy.deepcopy(model)).eval()
@@ -91,6 +97,8 @@ def plain(
             linear.weight *= head.tau / head.d**.5
             norm = nn.RMSNorm(head.d, eps=1e-24, elementwise_affine=False)
             layer = nn.Sequential(norm.to(linear.weight.device), linear)
+        if labels:
+            layer = _Unlabelled(*(layer if head.normalise else [linear]))
         if not name: return layer.eval()
         model.set_submodule(name, layer.eval())
     return model
@@ -108,5 +116,5 @@ def to_onnx(
         raise ValueError("the example x must hold at least 2 samples for the batch size to stay free, "
                          f"got N={len(x)}")
     N = torch.export.Dim("N", min=1)
-    torch.onnx.export(plain(model), (x,), str(path), dynamo=True, dynamic_shapes=({0: N},),
+    torch.onnx.export(plain(model, labels=True), (x,), str(path), dynamo=True, dynamic_shapes=({0: N},),
                       input_names=["x"], output_names=["logits"], verbose=False)

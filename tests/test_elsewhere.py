@@ -717,6 +717,30 @@ def test_plain_of_several_heads():
     assert not any(is_head(m) for m in bare.modules())
 
 
+@pytest.mark.parametrize("Kind", [NearestETFHead, lambda d, C: StandardHead(d, C, normalise=False)])
+def test_plain_of_a_model_that_hands_labels_on(Kind):
+    from ngc_etf.elsewhere import plain
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(8, 8), Kind(8, 4)
+
+        def forward(self, x, y=None):
+            return self.head(self.body(x), y)
+
+    own, h, y = Own(), torch.randn(12, 8), torch.arange(12) % 4
+    own(h, y)
+    bare = plain(own, labels=True)
+    assert not any(is_head(m) for m in bare.modules())
+    for labels in (y, None):
+        assert torch.allclose(bare(h, labels), own.eval()(h), atol=1e-5)
+    exported = torch.export.export(bare, (h,))
+    assert torch.allclose(exported.module()(h), own(h), atol=1e-5)
+    with pytest.raises(TypeError):
+        plain(own)(h, y)
+
+
 @pytest.mark.parametrize(
     "kind, d, project", [("nearest", 8, False), ("nearest", 3, True), ("no-norm", 8, False)]
 )
