@@ -110,3 +110,13 @@ def imported(tree):
         else:
             continue
         yield from (name.split(".")[1] for name in names if name.startswith("ngc_etf."))
+
+
+LAST = [i for i, path in enumerate(NOTEBOOKS) if path.stem == "91_deviations"][0]  # leads back to the map
+
+
+@pytest.mark.parametrize("i", range(LAST))
+def test_next_is_the_next_chapter(i):
+    "A chapter that says what comes next means the one that does."
+    ends = [c for c in cells(NOTEBOOKS[i], "markdown") if "**Next" in c]
+    assert [LINK.findall(c.split("**Next")[1])[0] for c in ends] in ([], [NOTEBOOKS[i + 1].name])
