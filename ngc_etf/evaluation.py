@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .classifier import _CannotRun, last_linear
+from .classifier import last_linear
 from .heads import Head
 from .means import as_labels
 from .metrics import _batch
 from .solvers import _has_float64, at_least_float32
 from .streaming import NeuralCollapse
+from .tracing import _CannotRun
 
 # %% ../nbs/06d_evaluation.ipynb #c006
 def _to(x, device):

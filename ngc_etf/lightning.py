@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .classifier import _layers
 from .elsewhere import _need
 from .heads import Head, NearestETFHead
 from .swap import _swap_for_data, swap_head
+from .tracing import _layers
 
 # %% ../nbs/10b_lightning.ipynb #c005t
 if TYPE_CHECKING:  # a type's name need not load its library

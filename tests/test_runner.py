@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from ngc_etf import rows as rows_module
-from ngc_etf import suite
+from ngc_etf import estimates
 from ngc_etf.command import named_cells, train_main, train_parser
+from ngc_etf.estimates import estimate
 from ngc_etf.known import get_experiment, suite_cells
 from ngc_etf.machine import OutOfTime
 from ngc_etf.rows import Rows
 from ngc_etf.runner import run
-from ngc_etf.suite import estimate, to_do
+from ngc_etf.suite import to_do
 from ngc_etf.team import SharedBatchNorm
 from test_data import tree
 
@@ -338,16 +339,16 @@ def test_a_suite_says_how_long_it_will_take(tmp_path, capsys):
 
 def test_a_forecast_counts_what_is_left(tmp_path, monkeypatch):
     "Cells that cannot be timed are left out by number; an advanced cell counts for its rest only."
-    monkeypatch.setattr(suite, "_seconds_each", lambda exp, *a: None if exp.large else (1.0, 0.0))
+    monkeypatch.setattr(estimates, "_seconds_each", lambda exp, *a: None if exp.large else (1.0, 0.0))
     cells = suite_cells("table1", methods=["fixed"], epochs=1, at=(), every=10**6)
-    assert "1 of 7 cells are not in it" in suite.forecast(cells, tmp_path)
-    assert suite.forecast(cells[-1:], tmp_path).startswith("no estimate")
+    assert "1 of 7 cells are not in it" in estimates.forecast(cells, tmp_path)
+    assert estimates.forecast(cells[-1:], tmp_path).startswith("no estimate")
     exp = get_experiment("digits-net", epochs=10, method="fixed", at=(), every=10**6)
-    assert suite.forecast([exp], tmp_path).startswith("about 4 hours")
+    assert estimates.forecast([exp], tmp_path).startswith("about 4 hours")
     rows = Rows(exp, tmp_path)
     rows.append(9, train_loss=1.0)
     rows.save()
-    assert suite.forecast([exp], tmp_path).startswith("about 24 minutes")
+    assert estimates.forecast([exp], tmp_path).startswith("about 24 minutes")
 
 
 def test_an_estimate_follows_the_sizes():
