@@ -24,7 +24,7 @@ def _hardware(device:torch.device)->str:
     if device.type == "cuda": return torch.cuda.get_device_name(device)
     return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
 
-_DIFFERS:MutableMapping[object, bool] = WeakKeyDictionary()  # group -> are its devices of different kinds
+_DIFFERS:MutableMapping[object, bool] = WeakKeyDictionary()  # by group
 
 def _hardware_differs(device:torch.device)->bool:
     "Whether the processes compute on different kinds of device; they ask each other once."
