@@ -126,6 +126,13 @@ def _legend(fig):
 
 # %% ../nbs/12_figures.ipynb #c017
 #| code-fold: true
+def _longest(rows, margins):
+    "The margins of those runs that are as long as the longest."
+    if margins.empty: return margins
+    last = rows.groupby(["method", "seed"]).epoch.max()
+    runs = margins.set_index(["method", "seed"]).index
+    return margins[runs.isin(last.index[last == last.max()])]
+
 def panels(
     rows:pd.DataFrame,     # rows of one experiment
     margins:pd.DataFrame,  # its sorted margins
@@ -139,7 +146,7 @@ def panels(
     levels = {"train_loss": floor, "margin": C/(C-1), "sorted": C/(C-1)}
     for letter, name, ax in zip("abcdefgh", names, axes):
         if name == "sorted":
-            curve(margins, "rank", "margin", ax, levels[name])
+            curve(_longest(rows, margins), "rank", "margin", ax, levels[name])
         else:
             curve(rows, "epoch", name, ax, levels.get(name))
         what = "margins at the end" if name == "sorted" else _WORDS[name]
