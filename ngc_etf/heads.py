@@ -92,8 +92,8 @@ class FixedETFHead(Head):
 _direction = direction  # `direction` is also the name of an argument
 
 # %% ../nbs/05_heads.ipynb #c019
-class _NearestStep(_DirectedHead):
-    "The training step of `NearestETFHead`: means, problem (7), W; run by Python or as a graph."
+class _Counted(_DirectedHead):
+    "The options of `NearestETFHead`, and how many steps it has taken."
     delta:float
     solver:str
     solve_every:int
@@ -114,6 +114,16 @@ class _NearestStep(_DirectedHead):
         if self._known and _is_unchanged(self._known[1], (self.means.t,)): return self._known[0]
         return 0 if self.means.t.is_meta else self.means.steps()
 
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self._begun = False
+
+    def __getstate__(self):
+        return super().__getstate__() | {"_known": None}
+
+# %% ../nbs/05_heads.ipynb #c021
+class _NearestStep(_Counted):
+    "The training step of `NearestETFHead`: means, problem (7), W; run by Python or as a graph."
     def _eager(self, x, y, follows:bool):
         "W of this step (None where it is held) and h_G; `follows`: W carries the gradient of the solution."
         done = self._done()
@@ -141,14 +151,7 @@ class _NearestStep(_DirectedHead):
         self._store(U, W)
         return W
 
-    def _load_from_state_dict(self, *args):
-        super()._load_from_state_dict(*args)
-        self._begun = False
-
-    def __getstate__(self):
-        return super().__getstate__() | {"_known": None}
-
-# %% ../nbs/05_heads.ipynb #c021
+# %% ../nbs/05_heads.ipynb #c023
 def _check_options(delta, solver, solve_every):
     "A `ValueError` that names the option, its value and what is allowed."
     if not delta > 0:
@@ -158,7 +161,7 @@ def _check_options(delta, solver, solve_every):
     if not (isinstance(solve_every, int) and solve_every >= 1):
         raise ValueError(f"solve_every must be a whole number of steps from 1, got {solve_every!r}")
 
-# %% ../nbs/05_heads.ipynb #c023
+# %% ../nbs/05_heads.ipynb #c025
 class NearestETFHead(_NearestStep):
     "At every training step the simplex ETF nearest to the class means (Eqs. 7-9); no parameters."
     _needs_past = True

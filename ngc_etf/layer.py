@@ -74,16 +74,15 @@ def _as_node(head, h, *labels):
     "The head as one call in the graph that `torch.fx` is drawing."
     return h.tracer.create_proxy("call_module", h.tracer.path_of_module(head), (h, *labels), {})
 
-class Head(_NamedState):
-    "The common part: features of norm tau in, logits (N, C) out; at evaluation a linear map."
-    W:Tensor            # (C, d) rows of the classifier: parameter or buffer
-    b:Tensor            # (C,) bias
-    targets:Tensor|None # labels of the next training pass, for loops that call the head without them
-
-    def __init__(self, d:int, C:int, tau:float=5., normalise:bool=True):
-        super().__init__()
-        if not tau > 0: raise ValueError(f"tau, the norm of the features, must be positive, got tau={tau}")
-        self.d, self.C, self.tau, self.normalise, self.targets = d, C, tau, normalise, None
+# %% ../nbs/04c_layer.ipynb #c015
+class _LinearMap(_NamedState):
+    "A classifier W, b of features of norm tau."
+    W:Tensor # (C, d) rows of the classifier: parameter or buffer
+    b:Tensor # (C,) bias
+    d:int
+    C:int
+    tau:float
+    normalise:bool
 
     weight = property(lambda self: self.W, doc="W (C, d)")
     bias = property(lambda self: self.b, doc="b (C,)")
@@ -96,6 +95,30 @@ class Head(_NamedState):
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return h * _scale(h, self.tau)  # a compiler joins the passes itself
         return _OnSphere.apply(h, self.tau)[0]
+
+    def _linear(self, x):
+        return F.linear(x, self.W.to(x), self.b.to(x))
+
+    def to_linear(self)->nn.Linear:
+        "The classifier as a plain `nn.Linear` that acts on `features(h)`, i.e. on tau * normalize(h)."
+        lin = nn.Linear(self.d, self.C, device=self.W.device, dtype=self.W.dtype)
+        with torch.no_grad():
+            lin.weight.copy_(self.W)
+            lin.bias.copy_(self.b)
+        return lin
+
+    def extra_repr(self)->str:
+        return f"d={self.d}, C={self.C}, tau={self.tau}, normalise={self.normalise}"
+
+# %% ../nbs/04c_layer.ipynb #c017
+class Head(_LinearMap):
+    "The common part: features of norm tau in, logits (N, C) out; at evaluation a linear map."
+    targets:Tensor|None # labels of the next training pass, for loops that call the head without them
+
+    def __init__(self, d:int, C:int, tau:float=5., normalise:bool=True):
+        super().__init__()
+        if not tau > 0: raise ValueError(f"tau, the norm of the features, must be positive, got tau={tau}")
+        self.d, self.C, self.tau, self.normalise, self.targets = d, C, tau, normalise, None
 
     def forward(self,
         h:Tensor,           # (N, d) raw features from the body
@@ -111,17 +134,3 @@ class Head(_NamedState):
             x = self.features(h)
             z = self._train(x, self.targets if y is None else y) if self.training else self._linear(x)
         return z.to(dtype)
-
-    def _linear(self, x):
-        return F.linear(x, self.W.to(x), self.b.to(x))
-
-    def to_linear(self)->nn.Linear:
-        "The classifier as a plain `nn.Linear` that acts on `features(h)`, i.e. on tau * normalize(h)."
-        lin = nn.Linear(self.d, self.C, device=self.W.device, dtype=self.W.dtype)
-        with torch.no_grad():
-            lin.weight.copy_(self.W)
-            lin.bias.copy_(self.b)
-        return lin
-
-    def extra_repr(self)->str:
-        return f"d={self.d}, C={self.C}, tau={self.tau}, normalise={self.normalise}"
