@@ -9,10 +9,9 @@ import importlib
 _MODULES = {
     "lapack": "svd eigh qr solve inverse",
     "simplex": "check_classes centring standard_etf simplex_etf canonical_direction haar_direction",
-    "means": "processes class_sums as_labels check_batch ValueCheck centred_means",
+    "means": "processes at_least_float32 class_sums as_labels check_batch ValueCheck centred_means",
     "running": "smoothing Stateful RunningGlobalMean RunningMeans",
     "proximal": "procrustes_target etf_problem trust_region",
-    "solvers": "at_least_float32",
     "procrustes": "polar_vjp polar",
     "nearest": "SOLVERS nearest_etf",
     "implicit": "rvec rvech commutation_matrix elimination_matrix objective objective_gradient constraint_jacobian lagrange_multipliers sigma ddn_jacobian",

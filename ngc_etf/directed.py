@@ -15,17 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layer import Head
-from .means import processes
+from .means import _no_autocast, at_least_float32, processes
 from .procrustes import polar
 from .running import RunningMeans
 from .simplex import canonical_direction, check_classes, haar_direction, simplex_etf
-from .solvers import at_least_float32
+from .solvers import _exact
 
 # %% ../nbs/04d_directed.ipynb #c007
 def _gap(U)->float:
     "The largest entry of U'U - I, in float32 or better."
     U = at_least_float32(U.detach())
-    return (U.mT @ U - torch.eye(U.shape[1], dtype=U.dtype, device=U.device)).abs().max().item()
+    with _exact(U):
+        return (U.mT @ U - torch.eye(U.shape[1], dtype=U.dtype, device=U.device)).abs().max().item()
 
 def _given(U, d, C):
     if U.shape != (d, C): raise ValueError(f"a direction must have shape ({d}, {C}), got {tuple(U.shape)}")
@@ -66,7 +67,8 @@ def _seems_etf(U, W)->bool:
     few = slice(None, None, -(-C // 8))
     some = W[few]
     products = C/(C-1) * (torch.eye(len(some), dtype=W.dtype, device=W.device) - 1/C)
-    return _gap(U[:, few]) <= 1e-5 and bool((some @ some.mT - products).abs().max() <= 1e-5)
+    with _exact(W):
+        return _gap(U[:, few]) <= 1e-5 and bool((some @ some.mT - products).abs().max() <= 1e-5)
 
 def _rows(U):
     "W (C, d), the simplex ETF of U, row by row in memory: product and gradient are three times faster so."
@@ -97,7 +99,8 @@ class _DirectedHead(Head):
 
     @torch.no_grad()
     def _centre(self):
-        self.b.copy_(-self.W @ self.means.global_mean.h_G)
+        with _no_autocast(self.W.device.type):
+            self.b.copy_(-self.W @ self.means.global_mean.h_G)
 
     def _restore(self, state):
         super()._restore(state)

@@ -20,9 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .classifier import last_linear
 from .heads import Head
-from .means import as_labels
+from .means import as_labels, at_least_float32
 from .metrics import _batch
-from .solvers import _has_float64, at_least_float32
+from .solvers import _has_float64
 from .streaming import NeuralCollapse
 from .tracing import _CannotRun
 

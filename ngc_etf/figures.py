@@ -14,13 +14,13 @@ import pandas as pd
 from .catalogue import UFM
 from .plots import _LEVEL, _LOG, _WORDS, _line, _scales, line_style
 
-# %% ../nbs/12_figures.ipynb #c003t
+# %% ../nbs/12_figures.ipynb #c004
 if TYPE_CHECKING:  # a type's name need not load its library
     from IPython.display import Image
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# %% ../nbs/12_figures.ipynb #c008
+# %% ../nbs/12_figures.ipynb #c009
 #| code-fold: true
 _POINTS = 8        # of a letter, in print
 _WIDTH = 7.5       # inches; a page's column
@@ -38,7 +38,7 @@ def _letters(ax, **texts):
     ax.tick_params(which="both", labelsize=_POINTS)
     ax.spines[["top", "right"]].set_visible(False)
 
-# %% ../nbs/12_figures.ipynb #c009
+# %% ../nbs/12_figures.ipynb #c010
 #| code-fold: true
 def curve(
     frame:pd.DataFrame,    # rows or margins of one experiment, with columns "method" and "seed"
@@ -54,16 +54,16 @@ def curve(
     shown = frame.dropna(subset=[y]) if y in frame else frame.iloc[:0]
     for method, group in shown.groupby("method", sort=False):
         _line(ax, group, x, y, label=method, **line_style(method))
-    if level is not None:
-        ax.axhline(level, label="at collapse", **_LEVEL)
     if shown.empty:
         _not_run(ax)
+    elif level is not None:
+        ax.axhline(level, label="at collapse", **_LEVEL)
     last = shown.epoch.max() if x == "epoch" and not shown.empty else 0
     _scales(ax, y in _LOG and not shown.empty, last)
     _letters(ax, xlabel=_WORDS.get(x, x), ylabel=_WORDS.get(y, y))
     return ax
 
-# %% ../nbs/12_figures.ipynb #c013
+# %% ../nbs/12_figures.ipynb #c014
 #| code-fold: true
 def _png(fig, scale=1):
     "The bytes of a figure as a PNG of 64 colours, `scale` times the size at which it is shown."
@@ -102,7 +102,7 @@ def save_figure(
     plt.close(fig)
     return [svg, png]
 
-# %% ../nbs/12_figures.ipynb #c016
+# %% ../nbs/12_figures.ipynb #c017
 #| code-fold: true
 _PANELS = ("train_loss", "margin", "sorted", "nc1", "nc3", "equinorm", "train_top1", "test_top1")
 
@@ -124,7 +124,7 @@ def _legend(fig):
     fig.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=columns, frameon=False,
                fontsize=_POINTS, handlelength=3.2)
 
-# %% ../nbs/12_figures.ipynb #c017
+# %% ../nbs/12_figures.ipynb #c018
 #| code-fold: true
 def _longest(rows, margins):
     "The margins of those runs that are as long as the longest."
@@ -154,7 +154,7 @@ def panels(
     _legend(fig)
     return fig
 
-# %% ../nbs/12_figures.ipynb #c024
+# %% ../nbs/12_figures.ipynb #c025
 #| code-fold: true
 def has_curves(
     rows:pd.DataFrame, # of one experiment
@@ -162,7 +162,7 @@ def has_curves(
     "Has any method more than one evaluated epoch? Otherwise a table says it better."
     return bool(rows.groupby(["method", "seed"]).epoch.nunique().max() > 1)
 
-# %% ../nbs/12_figures.ipynb #c027
+# %% ../nbs/12_figures.ipynb #c028
 #| code-fold: true
 def classes_grow(
     rows:pd.DataFrame, # of any experiments
@@ -178,7 +178,7 @@ def classes_grow(
     _legend(fig)
     return fig
 
-# %% ../nbs/12_figures.ipynb #c031
+# %% ../nbs/12_figures.ipynb #c032
 #| code-fold: true
 _INITIALS = {"standard": "S", "fixed": "F", "nearest": "I", "nearest, paper": "P"}
 
@@ -203,7 +203,7 @@ def _bars(cost, ax):
     else:
         _not_run(ax)
 
-# %% ../nbs/12_figures.ipynb #c033
+# %% ../nbs/12_figures.ipynb #c034
 #| code-fold: true
 def step_times(
     cost:pd.DataFrame, # rows of `ngc_cost methods`: cell, method, step, forward_ms, backward_ms

@@ -13,6 +13,7 @@ import pandas as pd
 
 from . import claims
 from .rules import _SEEDS, Evidence, Verdict
+from .tables import PAPER
 
 # %% ../nbs/12e_judgement.ipynb #c007
 #| code-fold: true
@@ -49,7 +50,7 @@ CLAIMS = [
     Claim("price of a step", "§5, Figs. 5, 16", claims._price,
           "the time taken by the Riemannian optimization quickly becomes almost negligible"),
     Claim("memory a limit", "§5, Table 3", claims._memory,
-          "computing the backward pass ... is challenging due to the memory inefficiency"),
+          "challenging due to the memory inefficiency of the current implementation of DDN gradients"),
 ]
 
 # %% ../nbs/12e_judgement.ipynb #c009
@@ -83,6 +84,9 @@ def sentences(
         out.append(f"{word}: {', '.join(named[outcome]) or 'none'}.")
     seeds = evidence.rows.groupby(["experiment", "method"]).seed.nunique()
     of = _count("experiment", evidence.rows.experiment.nunique())
+    cells = {name for _, name, _, _ in PAPER}  # of Tables 1 and 2
+    most = max((n for (name, _), n in seeds.items() if name in cells), default=0)
     out.append(f"The rows are those of {_count('run', len(evidence.about))} of {of}, "
-               f"with {_count('seed', seeds.min(), seeds.max())}; a verdict needs {_SEEDS}.")
+               f"with {_count('seed', seeds.min(), seeds.max())}; a verdict needs {_SEEDS}, "
+               f"and the cells of Tables 1 and 2 have {most or 'none'}.")
     return out

@@ -15,6 +15,10 @@ from torch import Tensor
 # %% ../nbs/00a_lapack.ipynb #c006
 _norm = torch.linalg.vector_norm
 
+def _size(A:Tensor)->Tensor:
+    "The Frobenius norm of each matrix (..., m, n): shape (...)."
+    return _norm(A, dim=(-2, -1))
+
 @lru_cache(64)
 def _column(n:int, dtype, device)->tuple:
     x = torch.linspace(.3, 1.7, n, dtype=dtype, device=device)[:, None]
@@ -27,7 +31,7 @@ def _probe(n:int, like:Tensor)->tuple:
 def _equal(found:Tensor, want:Tensor, size)->bool:
     "Whether columns (..., n, 1) agree to rounding; `size` is the largest norm there could be. False for NaN."
     tolerance = 200 * torch.finfo(want.dtype).eps * want.shape[-2]**.5
-    return bool((_norm(found - want, dim=(-2, -1)) <= tolerance * size).all())
+    return bool((_size(found - want) <= tolerance * size).all())
 
 def _orthonormal(Q:Tensor)->bool:
     "Whether the columns of Q (..., m, n) are orthonormal, by one vector."
@@ -85,8 +89,8 @@ def _scipy(name:str, **options):
     def call(*args):
         import scipy.linalg
         found = getattr(scipy.linalg, name)(*(A.detach().cpu().numpy() for A in args), **options)
-        back = [torch.from_numpy(X).to(args[0]) for X in (found if isinstance(found, tuple) else (found,))]
-        return tuple(back) if isinstance(found, tuple) else back[0]
+        if not isinstance(found, (tuple, list)): return torch.from_numpy(found).to(args[0])
+        return tuple(torch.from_numpy(X).to(args[0]) for X in found)  # a list for a stack of matrices
     return call
 
 # %% ../nbs/00a_lapack.ipynb #c016
@@ -110,7 +114,7 @@ def _svd_by_eigh(A):
 def _right_svd(A, factors):
     Q, s, Vh = factors
     x, size = _probe(A.shape[-1], A)
-    whole = _equal(Q @ (s[..., None] * (Vh @ x)), A @ x, _norm(A) * size)
+    whole = _equal(Q @ (s[..., None] * (Vh @ x)), A @ x, _size(A) * size)
     return whole and _orthonormal(Q) and _orthonormal(Vh.mT)
 
 # %% ../nbs/00a_lapack.ipynb #c017
@@ -133,7 +137,7 @@ def _right_eigh(S, factors):
     x, size = _probe(S.shape[-1], S)
     c = V.mT @ x
     if not _equal(V @ c, x, size): return False
-    image, size = V @ (w[..., None] * c), size * _norm(S)
+    image, size = V @ (w[..., None] * c), size * _size(S)
     if _equal(image, S @ x, size): return True
     L = S.tril()  # what LAPACK has read
     return _equal(image, L @ x + L.mT @ x - S.diagonal(dim1=-2, dim2=-1)[..., None] * x, size)
@@ -151,7 +155,7 @@ def eigh(
 def _right_qr(A, factors):
     Q, R = factors
     x, size = _probe(A.shape[-1], A)
-    return _equal(Q @ (R @ x), A @ x, _norm(A) * size) and _orthonormal(Q)
+    return _equal(Q @ (R @ x), A @ x, _size(A) * size) and _orthonormal(Q)
 
 def qr(
     A:Tensor, # (..., m, n)
@@ -166,7 +170,7 @@ def qr(
 def _right_solution(A, B, X):
     x, _ = _probe(B.shape[-1], B)
     Xx, Bx = X @ x, B @ x
-    return _equal(A @ Xx, Bx, _norm(A) * _norm(Xx) + _norm(Bx))
+    return _equal(A @ Xx, Bx, _size(A) * _size(Xx) + _size(Bx))
 
 def solve(
     A:Tensor, # (..., n, n), regular

@@ -122,7 +122,7 @@ class Head(_LinearMap):
 
     def forward(self,
         h:Tensor,           # (N, d) raw features from the body
-        y:Tensor|None=None, # (N,) labels or (N, C) class shares; needed by the nearest head in training
+        y:Tensor|None=None, # (N,) labels or (N, C) class probabilities; needed by the nearest head in training
     )->Tensor:              # logits (N, C)
         "Logits in autocast's dtype where it is on, else in h's own."
         if isinstance(h, fx.Proxy): return _as_node(self, h, y)

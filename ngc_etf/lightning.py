@@ -20,11 +20,11 @@ from .heads import Head, NearestETFHead
 from .swap import _swap_for_data, swap_head
 from .tracing import _layers
 
-# %% ../nbs/10b_lightning.ipynb #c005t
+# %% ../nbs/10b_lightning.ipynb #c006
 if TYPE_CHECKING:  # a type's name need not load its library
     from lightning import LightningModule, Trainer
 
-# %% ../nbs/10b_lightning.ipynb #c009
+# %% ../nbs/10b_lightning.ipynb #c010
 _Theirs:Any = object  # stands for the class of Lightning's that joins ours when it is asked for
 
 class _Module(_Theirs):
@@ -61,7 +61,7 @@ class _Module(_Theirs):
     def configure_optimizers(self)->torch.optim.Optimizer:
         return self.make_opt([p for p in self.parameters() if p.requires_grad])
 
-# %% ../nbs/10b_lightning.ipynb #c011
+# %% ../nbs/10b_lightning.ipynb #c012
 def _is_theirs(module, method:str)->bool:
     "Whether a method is the user's, not Lightning's own."
     return "lightning" not in getattr(type(module), method).__module__.split(".")[0]
@@ -78,7 +78,7 @@ def _run_after(module, method:str, call):
     setattr(module, method, both)
     return partial(vars(module).pop, method, None)
 
-# %% ../nbs/10b_lightning.ipynb #c013
+# %% ../nbs/10b_lightning.ipynb #c014
 def _two_samples(loader):
     "A batch of at most two samples; None where the loader's kind does not allow that."
     if isinstance(loader, (list, tuple)): return loader[0]
@@ -100,7 +100,7 @@ def _look(trainer)->tuple:
     example = batch[0] if isinstance(batch, (tuple, list)) else batch
     return example, classes or (len(named) if isinstance(named, (list, tuple)) else None)
 
-# %% ../nbs/10b_lightning.ipynb #c015
+# %% ../nbs/10b_lightning.ipynb #c016
 def _heads_in(state, module)->list:
     "Names of the module's linear layers for which a checkpoint's state holds a head."
     found = []
@@ -110,7 +110,7 @@ def _heads_in(state, module)->list:
             found.append(name)
     return found
 
-# %% ../nbs/10b_lightning.ipynb #c017
+# %% ../nbs/10b_lightning.ipynb #c018
 class _Events(_Theirs):
     "Labels go to the head as a training batch begins, and are taken back as it ends or fails."
     head:Any = None              # a `Head`, once there is one
@@ -140,7 +140,7 @@ class _Events(_Theirs):
 
     on_fit_start = teardown = _restore
 
-# %% ../nbs/10b_lightning.ipynb #c019
+# %% ../nbs/10b_lightning.ipynb #c020
 class _Callback(_Events):
     "Train a LightningModule with the nearest-ETF head: exchanges its classifier, hands over the labels."
     def __init__(self,
@@ -190,7 +190,7 @@ class _Callback(_Events):
         if message and self.verbose and trainer.is_global_zero:
             print(f"ETFCallback: {message}")
 
-# %% ../nbs/10b_lightning.ipynb #c021
+# %% ../nbs/10b_lightning.ipynb #c022
 _OURS = {"ETFModule": (_Module, "LightningModule"), "ETFCallback": (_Callback, "Callback")}
 _all_ = ["ETFModule", "ETFCallback"]
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .means import ValueCheck, _all_sum, _label_faults, _need_tensor, as_labels, processes
-from .solvers import at_least_float32
+from .means import (
+    ValueCheck, _all_sum, _label_faults, _need_tensor, as_labels, at_least_float32, processes)
 
 # %% ../nbs/05d_losses.ipynb #c007
 _check = ValueCheck()

@@ -9,11 +9,11 @@ __all__ = ['SOLVERS', 'nearest_etf']
 import torch
 from torch import Tensor
 
-from .means import _need_tensor
+from .means import _need_tensor, at_least_float32
 from .procrustes import _polar
 from .proximal import procrustes_target, trust_region
 from .simplex import canonical_direction, check_classes
-from .solvers import _SOLVE, _check_finite, at_least_float32
+from .solvers import _SOLVE, _check_finite
 
 # %% ../nbs/03c_nearest.ipynb #c007
 SOLVERS = ("auto", *_SOLVE, "trust_region")

@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch.library import Library, register_fake, register_vmap
 
 from .simplex import canonical_direction
 
-# %% ../nbs/03_proximal.ipynb #c003t
+# %% ../nbs/03_proximal.ipynb #c004
 if TYPE_CHECKING:  # a type's name need not load its library
     import pymanopt
 
-# %% ../nbs/03_proximal.ipynb #c006
+# %% ../nbs/03_proximal.ipynb #c007
 def procrustes_target(
     H:Tensor,                # (d, C) normalised centred class means H̃
     U_prox:Tensor|None=None, # (d, C) proximal direction; None for problem (6)
@@ -30,7 +29,7 @@ def procrustes_target(
     P = (H - H.mean(-1, keepdim=True)) * (2 / (C-1)**0.5)
     return P if U_prox is None else torch.add(P, U_prox.detach(), alpha=delta)
 
-# %% ../nbs/03_proximal.ipynb #c010
+# %% ../nbs/03_proximal.ipynb #c011
 def etf_problem(
     H:np.ndarray,                 # (d, C): normalised centred class means H̃
     U_prox:np.ndarray|None=None,  # (d, C): proximal direction; None for problem (6)
@@ -52,7 +51,7 @@ def etf_problem(
     derivatives = dict(euclidean_gradient=numpy(gradient), euclidean_hessian=numpy(hessian))
     return pymanopt.Problem(manifold, numpy(cost), **derivatives)
 
-# %% ../nbs/03_proximal.ipynb #c012
+# %% ../nbs/03_proximal.ipynb #c013
 def trust_region(
     H:Tensor,                # (d, C) normalised centred class means H̃
     U_prox:Tensor|None=None, # (d, C) proximal direction; None for problem (6)
@@ -65,9 +64,16 @@ def trust_region(
     if start is None:
         start = canonical_direction(*H.shape).to(H) if U_prox is None else U_prox
     prox = None if U_prox is None else U_prox.detach()
-    return _trust_region(H.detach(), prox, delta, start.detach(), iterations, tolerance)
+    return _trust_region(H.detach(), prox, float(delta), start.detach(), iterations, float(tolerance))
 
-def _trust_region_kernel(H, U_prox, delta, start, iterations, tolerance):
+# %% ../nbs/03_proximal.ipynb #c014
+_SPACE = __name__.partition(".")[0].strip("_")  # the operators' namespace: "ngc_etf", or "main" in a notebook
+
+@torch.library.custom_op(f"{_SPACE}::trust_region", mutates_args=())
+def _trust_region(
+    H:Tensor, U_prox:Tensor|None, delta:float, start:Tensor, iterations:int, tolerance:float
+)->Tensor:
+    "`trust_region` as an operator."
     from pymanopt.optimizers import TrustRegions
     def host(X):
         return None if X is None else X.cpu().double().numpy()
@@ -75,22 +81,13 @@ def _trust_region_kernel(H, U_prox, delta, start, iterations, tolerance):
     optimiser = TrustRegions(max_iterations=iterations, min_gradient_norm=tolerance, verbosity=0)
     return torch.as_tensor(optimiser.run(problem, initial_point=host(start)).point).to(H)
 
-# %% ../nbs/03_proximal.ipynb #c013
-_SPACE = __name__.partition(".")[0].strip("_")  # the operators' namespace: "ngc_etf", or "main" in a notebook
-_library = Library(_SPACE, "FRAGMENT")
-_arguments = "Tensor H, Tensor? U_prox, float delta, Tensor start, int iterations, float tolerance"
-_library.define(f"trust_region({_arguments}) -> Tensor")
-_trust_region = getattr(torch.ops, _SPACE).trust_region.default
-
-def _shape_of_H(H, *_):
+@_trust_region.register_fake
+def _(H, *_):
     return H.new_empty(H.shape)
 
-def _one_by_one(info, in_dims, *args):
-    "The rule for `vmap`: problem after problem."
+@_trust_region.register_vmap
+def _(info, in_dims, *args):
+    "Problem after problem."
     def row(i):
         return [X if dim is None else X.select(dim, i) for X, dim in zip(args, in_dims)]
     return torch.stack([_trust_region(*row(i)) for i in range(info.batch_size)]), 0
-
-_library.impl("trust_region", _trust_region_kernel, "CompositeExplicitAutograd")
-register_fake(f"{_SPACE}::trust_region", _shape_of_H, lib=_library)
-register_vmap(f"{_SPACE}::trust_region", _one_by_one, lib=_library)

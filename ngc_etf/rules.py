@@ -50,19 +50,25 @@ def _judge(
     good,    # does this effect agree with the claim?
     words,   # what the effect means, with {:...} for the number
     need,    # what must be there for a verdict
+    tie=None, # the effect of an experiment that parts no methods
 )->Verdict:
-    "Holds where it does in every experiment with enough seeds; untested where there is none."
+    "Holds where no experiment with enough seeds contradicts it and most agree; untested where none decides."
     enough = {e: effect for e, (effect, seeds) in effects.items() if seeds >= _SEEDS}
     if not enough:
         most = max((seeds, e) for e, (_, seeds) in effects.items()) if effects else None
         there = f"the most is {most[0]} in {most[1]}" if most else "there is none"
         return Verdict("untested", f"untested: it needs {need}, {_SEEDS} seeds of each; {there}")
-    bad = [e for e, effect in enough.items() if not good(effect)]
+    level = [e for e, effect in enough.items() if effect == tie]
+    if len(level) == len(enough):
+        return Verdict("untested", f"untested: it needs {need}; all are level in {', '.join(level)}")
+    bad = [e for e, effect in enough.items() if e not in level and not good(effect)]
     effect = float(np.median([*enough.values()]))
     where = f" in {next(iter(enough))}" if len(enough) == 1 else f" (median of {len(enough)} experiments)"
+    even = f"; level in {', '.join(level)}" if level else ""
     against = f"; not so in {', '.join(bad)}" if bad and len(enough) > 1 else ""
+    holds = not bad and 2 * len(level) < len(enough)
     seeds = min(effects[e][1] for e in enough)
-    return Verdict("fails" if bad else "holds", words.format(effect) + where + against, seeds, effect)
+    return Verdict("holds" if holds else "fails", words.format(effect) + where + even + against, seeds, effect)
 
 # %% ../nbs/12c_rules.ipynb #c013
 #| code-fold: true
@@ -81,7 +87,8 @@ def _by_experiment(evidence, methods, tested=False):
     rows, out = _of_paper(evidence.rows, evidence.about), {}
     for name, group in rows.groupby("experiment", sort=False):
         runs = _same_seeds({m: _runs(group[group.method == m]) for m in methods})
-        known = name in EXPERIMENTS and EXPERIMENTS[name].tail == 1
+        exp = EXPERIMENTS.get(name)
+        known = exp and exp.tail == 1 and not exp.project
         curved = all(len(run) > 1 for some in runs.values() for run in some)
         test = not tested or ("test_top1" in group and group.test_top1.notna().all())
         if known and curved and test and all(runs.values()):

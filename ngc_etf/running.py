@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ngc_etf.means import (
-    _NON_FINITE, ValueCheck, _all_sum, _centre, _checked_sums, _class_means, check_batch, class_sums,
+    _NON_FINITE, ValueCheck, _all_sum, _centre, _checked_sums, _class_means, at_least_float32, check_batch,
+    class_sums,
 )
 
 # %% ../nbs/02a_running.ipynb #c006
@@ -39,16 +40,17 @@ class Stateful(nn.Module):
             return t.to(new.device) if new.is_floating_point() and new.dtype.itemsize < 4 else new
         return super()._apply(move, recurse)
 
-    def _load_from_state_dict(self, state, prefix, *args):
-        wrong = [
-            f"{k} is {tuple(state[k].shape)} there and {tuple(v.shape)} here"
-            for k, v in self.state_dict(prefix=prefix, keep_vars=True).items()
-            if k in state and state[k].shape != v.shape
-        ]
+    def _load_from_state_dict(self, state, prefix, metadata, strict, *args):
+        wrong = []
+        for k, v in self.state_dict(prefix=prefix, keep_vars=True).items():
+            if k not in state and strict:
+                wrong.append(f"{k} is missing there")
+            elif k in state and state[k].shape != v.shape:
+                wrong.append(f"{k} is {tuple(state[k].shape)} there and {tuple(v.shape)} here")
         if wrong:
-            raise ValueError("the state is of another shape, nothing of it was loaded into "
+            raise ValueError("the state is of another kind, nothing of it was loaded into "
                              f"{type(self).__name__}: {'; '.join(wrong)}")
-        super()._load_from_state_dict(state, prefix, *args)
+        super()._load_from_state_dict(state, prefix, metadata, strict, *args)
 
 # %% ../nbs/02a_running.ipynb #c013
 class RunningGlobalMean(Stateful):
@@ -75,9 +77,10 @@ class RunningGlobalMean(Stateful):
         self.h_G.lerp_(h_G.to(self.h_G.dtype), share.to(self.h_G.dtype))
 
     def forward(self, h:Tensor)->Tensor: # (N, d) -> (d,)
+        if not self.training: return self.h_G
+        h = at_least_float32(h)
         total, n = _all_sum(h.sum(0), h.new_full((), h.shape[0]))
         h_G, used = total / n, torch.ones_like(self.t)
-        if not self.training: return h_G
         if self.check is not None:
             self.check.raise_late()
             finite = self.check(h_G.detach().sum().isfinite(), _NON_FINITE)
@@ -92,9 +95,11 @@ def _unit(
     h_G:Tensor,   # (d,) the global mean they were centred by
 )->Tensor:        # H̃ (d, C)
     "H̃ = H̄ / |H̄|; zero, or zero up to rounding, gives zero and no gradient."
-    norm, info = H_bar.norm(), torch.finfo(H_bar.dtype)
+    info = torch.finfo(H_bar.dtype)
     rounding = (10*info.eps * h_G.detach().norm()).clamp(min=info.tiny)
-    return H_bar * ((norm > rounding) / norm.clamp(min=rounding))
+    real = H_bar.detach().norm() > rounding
+    safe = torch.where(real, H_bar, 1.)  # a norm of zero would have a second derivative of NaN
+    return torch.where(real, safe / safe.norm(), 0.)
 
 # %% ../nbs/02a_running.ipynb #c019
 def _sums(h, y, C, check):
@@ -130,14 +135,14 @@ class RunningMeans(Stateful):
 
     def forward(self,
         h:Tensor, # (N, d) features
-        y:Tensor, # (N,) labels, or (N, C) class shares
+        y:Tensor, # (N,) labels, or (N, C) class probabilities
     )->tuple:     # H (d, C) of unit Frobenius norm, h_G (d,) the batch's global mean; both carry gradient
         "One step in training; in evaluation the stored means, and nothing changes."
         if not self.training: return _unit(self.H_bar, self.global_mean.h_G), self.global_mean.h_G
         sums, counts = _sums(h, check_batch(h, y, self.C, self.d), self.C, self.check)
         batch, h_G = _centre(_class_means(sums, counts), counts)
         share = torch.where(self.seen > 0, smoothing(self.t + 1, self.alpha), 1.) * (counts > 0)
-        H_bar = torch.lerp(self.H_bar.to(h.dtype, copy=True), batch, share.to(h.dtype))
+        H_bar = torch.lerp(self.H_bar.to(batch.dtype, copy=True), batch, share.to(batch.dtype))
         self._store(H_bar, counts, h_G)
         return _unit(H_bar, h_G), h_G
 

@@ -30,8 +30,8 @@ from .experiment import METHODS, Experiment
 from .folders import FolderData, folder_data, folder_loaders
 from .heads import Head
 from .losses import nonl, ntce
+from .means import at_least_float32
 from .models import body
-from .solvers import at_least_float32
 
 # %% ../nbs/11c_step.ipynb #c006
 #| code-fold: true

@@ -19,7 +19,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Recorder
 from torch import Tensor, nn
 
-from .solvers import at_least_float32
+from .means import at_least_float32
 
 # %% ../nbs/10d_team.ipynb #c006
 #| code-fold: true
