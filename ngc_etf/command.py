@@ -19,7 +19,7 @@ from functools import partial
 from .catalogue import UFM
 from .experiment import METHODS, TRACKERS
 from .known import EXPERIMENTS, SUITES, get_experiment, suite_cells
-from .machine import _say, _speaking_as, _status, _terminable, _wait_passively
+from .machine import _command_output, _say, _status, _terminable, _wait_passively
 
 # %% ../nbs/11i_command.ipynb #c006
 #| code-fold: true
@@ -115,7 +115,7 @@ def _seconds(text):
 
 def _number(text):
     "A number where the text is one."
-    return ast.literal_eval(text) if re.fullmatch(r"-?\d*\.?\d+(e-?\d+)?", text) else text
+    return ast.literal_eval(text) if re.fullmatch(r"-?(?!0\d)\d*\.?\d+(e-?\d+)?", text, re.ASCII) else text
 
 def _cluster_options(pairs):
     "KEY=VALUE pairs as a dict, numbers as numbers."
@@ -185,17 +185,26 @@ def _dry_run(cells, args):
     if len(rows) > 1:
         _say(f"\n{len(rows)} cells, {hours:.2g} hours one after the other")
 
+def _check(args):
+    "A `ValueError` for arguments that do not go together."
+    if args.jobs is not None and (args.suite is None or args.jobs < 1):
+        raise ValueError("--jobs N, at least 1, goes with --suite")
+    if args.cluster and (args.budget or args.jobs):
+        raise ValueError("--budget and --jobs do not go with --cluster: "
+                         "give timeout_min to --cluster-options")
+    if args.cluster_options and not args.cluster: raise ValueError("--cluster-options goes with --cluster")
+
 # %% ../nbs/11i_command.ipynb #c020
 #| code-fold: true
 def _act(args, begun):
     "Do what the arguments say; the stems of the cells that failed."
     cells = named_cells(args)
-    if args.jobs is not None and (args.suite is None or args.jobs < 1):
-        raise ValueError("--jobs N, at least 1, goes with --suite")
+    _check(args)
     deadline = begun + _seconds(args.budget) if args.budget else None
     _wait_passively()
     if args.dry_run:
-        return _dry_run(cells, args)
+        _dry_run(cells, args)
+        return []
     from ngc_etf.jobs import run_jobs, submit
     from ngc_etf.estimates import forecast
     from ngc_etf.suite import run_cells, to_do
@@ -229,8 +238,11 @@ def train_main(
     begun = time.time()
     args = train_parser().parse_args(argv)
     try:
-        with _terminable(), _speaking_as("ngc_train"):
-            failed = _say(_listing(args)) if args.list else _act(args, begun)
+        with _terminable(), _command_output("ngc_train"):
+            if args.list:
+                _say(_listing(args))
+                return
+            failed = _act(args, begun)
     except KeyboardInterrupt as e:
         _say("ngc_train: stopped; the same command goes on from the last epoch", file=sys.stderr)
         sys.exit(_status(e))

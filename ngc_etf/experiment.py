@@ -27,6 +27,10 @@ TRACKERS = ("tensorboard", "wandb")  # that can show a run while it lasts
 
 # %% ../nbs/11_experiment.ipynb #c008
 #| code-fold: true
+def _stem(experiment, method, seed):
+    "A run's name: experiment/method-sSEED."
+    return f"{experiment}/{method}-s{seed}"
+
 class _Answers:
     "What a description answers from its fields."
     def due(self, epoch:int)->bool:
@@ -55,9 +59,14 @@ class _Answers:
         return self.sampler == "stratified" or self.method.startswith("nearest")
 
     @property
+    def key(self)->dict:
+        "What tells its rows from those of other runs."
+        return {"experiment": self.name, "method": self.method, "seed": self.seed}
+
+    @property
     def stem(self)->str:
         "Where the files of the run are, below the folder of results."
-        return f"{self.name}/{self.method}-s{self.seed}"
+        return _stem(**self.key)
 
     @property
     def as_json(self)->dict:

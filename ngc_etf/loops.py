@@ -40,7 +40,7 @@ def _row(metrics:dict, part:str="")->dict:
     return {column(k): v for k, v in metrics.items()}
 
 def _postfix(values):
-    "What the bar shows of a row."
+    "The values that the progress bar shows."
     shown = {"loss": "train_loss", "top1": "train_top1", "test": "test_top1", "nc1": "nc1"}
     return {k: f"{values[c]:.3g}" for k, c in shown.items() if c in values}
 

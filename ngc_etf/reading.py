@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .experiment import METHODS, Experiment
+from .experiment import METHODS, Experiment, _stem
 from .known import EXPERIMENTS, SUITES, suite_cells
 from .rows import parse_config
 
@@ -116,17 +116,16 @@ def read_runs(
     runs:dict[tuple, dict] = {}
     tables = [f for f in sorted(folder.rglob("*.csv")) if not f.name.endswith(".margins.csv")]
     tables = [f for f in tables if f.relative_to(folder).parts[0] not in _ELSEWHERE]
-    _note_strangers(folder, [f for f in tables if not _of_ours(f)])
-    for path in tables:
-        if not _of_ours(path): continue
+    ours = [f for f in tables if _of_ours(f)]
+    _note_strangers(folder, [f for f in tables if f not in ours])
+    for path in ours:
         try:
             run, found = _one_run(path)
         except ValueError as e:
             wrong.append(str(e))
             continue
         if run in runs:
-            stem = f"{run[0]}/{run[1]}-s{run[2]}"
-            wrong.append(f"double rows: {path} and {runs[run]['path']} both hold {stem}")
+            wrong.append(f"double rows: {path} and {runs[run]['path']} both hold {_stem(*run)}")
         else:
             runs[run] = found
     return runs, wrong
@@ -152,7 +151,7 @@ def load_rows(
     if not runs: raise ValueError(f"no rows below {folder}: run ngc_train --out {folder} first")
     tables = [[r[part] for r in runs.values() if len(r[part])] for part in ("rows", "margins")]
     rows, margins = (pd.concat(t, ignore_index=True) if t else pd.DataFrame(columns=_MARGINS) for t in tables)
-    about = {f"{e}/{m}-s{s}": r["about"] for (e, m, s), r in runs.items()}
+    about = {_stem(*run): r["about"] for run, r in runs.items()}
     return _ordered(rows), _ordered(margins), about
 
 def by_experiment(

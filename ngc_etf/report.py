@@ -18,10 +18,10 @@ from .catalogue import UFM
 from .figures import classes_grow, has_curves, panels, step_times
 from .judgement import judge, sentences
 from .known import SUITES
-from .machine import _say, _speaking_as
+from .machine import _command_output, _say
 from .outcomes import _epochs_to, _runs, coverage, floor_of, summary, sweep_table
 from .reading import by_experiment, check_rows
-from .render import _collapse, _configuration, _ours, _page, _picture, _wide, as_latex, as_markdown
+from .render import _configuration, _drop_unrun, _ours, _page, _picture, _wide, as_latex, as_markdown
 from .rules import Evidence, _by_machine, read_evidence
 from .tables import _TITLES, Cell, _base, _verdict, accuracy_table, memory_table, verdict_table
 
@@ -45,10 +45,10 @@ def _all_tables(evidence, verdicts):
     three, leads = memory_table(evidence.memory), verdict_table(rows, about)
     titles = {
         "claims": ("Claims", "Each claim of the paper that can be measured, judged by rows.", verdicts, ""),
-        "table1": ("Table 1: train accuracy", _CAPTION, *_collapse(one, _ours(one))),
-        "table2": ("Table 2: test accuracy", _CAPTION, *_collapse(two, _ours(two))),
-        "leaders": ("Who leads", _LEADERS, *_collapse(leads, list(leads)[1:])),
-        "table3": ("Table 3: memory in training", _CAPTION_3, *_collapse(three, _ours(three))),
+        "table1": ("Table 1: train accuracy", _CAPTION, *_drop_unrun(one, _ours(one))),
+        "table2": ("Table 2: test accuracy", _CAPTION, *_drop_unrun(two, _ours(two))),
+        "leaders": ("Who leads", _LEADERS, *_drop_unrun(leads, list(leads)[1:])),
+        "table3": ("Table 3: memory in training", _CAPTION_3, *_drop_unrun(three, _ours(three))),
         "coverage": ("What has been run", "Each run's last epoch and values.", coverage(rows, about), ""),
     }
     for field in ("delta", "alpha", "tau", "gain", "start", "solve_first", "lag", "project"):
@@ -239,7 +239,9 @@ def report_main(
     matplotlib.use("agg")
     try:
         if args.suite and not args.check: raise ValueError("--suite goes with --check")
-        with _speaking_as("ngc_report"):
+        if args.seeds is not None and (args.suite is None or args.seeds < 1):
+            raise ValueError("--seeds N, at least 1, goes with --suite")
+        with _command_output("ngc_report"):
             _print_report(args)
     except (ValueError, OSError) as e:
         sys.exit(f"ngc_report: {e}")

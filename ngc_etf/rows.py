@@ -32,14 +32,14 @@ def parse_config(
     path:Path,   # that file
 )->dict:         # as `Experiment.as_json`
     "A stored description, complete; a `ValueError` where another version wrote it."
-    fields, later = stored["experiment"], stored.get("format", 1)
+    fields, version = stored["experiment"], stored.get("format", 1)
     unknown = [k for k in fields if k not in Experiment.__dataclass_fields__]
-    if later > FORMAT or unknown:
+    if version > FORMAT or unknown:
         also = f" and the fields {', '.join(unknown)}" if unknown else ""
         raise ValueError(
-            f"{path} belongs to a results folder of another version of ngc_etf: it has format {later}{also}, "
-            f"version {_version('ngc_etf')} reads format {FORMAT}; use that version, or write to another "
-            "folder with --out (nothing was changed)")
+            f"{path} belongs to a results folder of another version of ngc_etf: it has format "
+            f"{version}{also}, version {_version('ngc_etf')} reads format {FORMAT}; use that version, or "
+            "write to another folder with --out (nothing was changed)")
     return Experiment("", "digits").as_json | fields
 
 # %% ../nbs/11b_rows.ipynb #c011
@@ -150,8 +150,7 @@ class Rows(_Files):
     "The files of one run: `append` rows, `save` them, `checkpoint` and `resume`."
     def append(self, epoch:int, **values:float)->None:
         "One evaluated epoch."
-        run = {"experiment": self.exp.name, "method": self.exp.method, "seed": self.exp.seed}
-        self.rows.append(run | {"epoch": epoch} | {k: float(v) for k, v in values.items()})
+        self.rows.append(self.exp.key | {"epoch": epoch} | {k: float(v) for k, v in values.items()})
 
     def save(self)->None:
         "Rows and description, as far as the run has come."
@@ -209,6 +208,6 @@ def save_margins(
     import torch
     m = margins.double().cpu().sort().values
     rank = torch.linspace(0, len(m)-1, min(points, len(m))).round().long()
-    run = {"experiment": rows.exp.name, "method": rows.exp.method, "seed": rows.exp.seed}
-    frame = pd.DataFrame(run | {"rank": rank.numpy(), "of": len(m), "margin": m[rank].numpy()})
+    columns = {"rank": rank.numpy(), "of": len(m), "margin": m[rank].numpy()}
+    frame = pd.DataFrame(rows.exp.key | columns)
     _write_whole(rows.margins, lambda f: frame.to_csv(f, index=False, float_format="%.6g"))

@@ -82,7 +82,7 @@ def _is_sound(exp, device, root, times=4):
 # %% ../nbs/11e_runner.ipynb #c010
 #| code-fold: true
 def _same_precision(exp, out, device, world_size, root):
-    "As process 0 settles it."
+    "The experiment in the precision that process 0 chose."
     if world_size == 1: return settle_precision(exp, out, device, root)
     box = [settle_precision(exp, out, device, root) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box)
@@ -137,7 +137,7 @@ def _clear(exp, out, root, download):
 
 @contextmanager
 def _advice():
-    "Of the compiler's own exception."
+    "Turn the compiler's exception into a `ValueError` that says to leave out --compile."
     try:
         yield
     except TorchDynamoException as e:
