@@ -114,7 +114,7 @@ def _seconds(text):
     return seconds
 
 def _number(text):
-    "A number where the text is one."
+    "A number where the text is one; with a zero in front, as in 0123, it is a name."
     return ast.literal_eval(text) if re.fullmatch(r"-?(?!0\d)\d*\.?\d+(e-?\d+)?", text, re.ASCII) else text
 
 def _cluster_options(pairs):

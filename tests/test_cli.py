@@ -346,9 +346,12 @@ def test_a_budget_stops_in_time_and_the_next_call_goes_on(tmp_path, capsys):
         (["--experiment", "ufm-10", "--budget", "soon"], "such as 8m, 90s or 1h30m, got 'soon'"),
         (["--experiment", "ufm-10", "--jobs", "2"], "--jobs N, at least 1, goes with --suite"),
         (["--suite", "demo", "--jobs", "0"], "--jobs N, at least 1"),
+        (["--suite", "demo", "--jobs", "2", "--cluster", "slurm"], "--budget and --jobs do not go with"),
+        (["--experiment", "ufm-10", "--budget", "8m", "--cluster", "local"], "give timeout_min to"),
+        (["--experiment", "ufm-10", "--cluster-options", "gpus_per_node=1"], "goes with --cluster"),
     ],
 )
-def test_budget_and_jobs_are_checked(argv, says, tmp_path):
+def test_what_does_not_go_together_is_refused(argv, says, tmp_path):
     with pytest.raises(SystemExit) as e:
         train_main([*argv, "--out", str(tmp_path)])
     assert says in str(e.value.code)
