@@ -138,7 +138,8 @@ def named_cells(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {args.method!r}")
     changes = {name: getattr(args, name) for name in [*(f[0] for f in _FIELDS), *(f[0] for f in _FLAGS)]}
     changes["precision"] = args.precision or "auto"
-    changes |= {"alpha": _number(args.alpha) if args.alpha else None, "tag": args.tag, "root": args.data}
+    alpha = None if args.alpha is None else _number(args.alpha)
+    changes |= {"alpha": alpha, "tag": args.tag, "root": args.data}
     if args.experiment:
         return [get_experiment(args.experiment, method=args.method, seed=args.seed, **changes)]
     seeds:Iterable[int]|None = None if args.seeds is None else range(args.seeds)
@@ -193,14 +194,20 @@ def _check(args):
         raise ValueError("--budget and --jobs do not go with --cluster: "
                          "give timeout_min to --cluster-options")
     if args.cluster_options and not args.cluster: raise ValueError("--cluster-options goes with --cluster")
+    if args.workers is not None and args.workers < 0:
+        raise ValueError(f"--workers must not be negative, got {args.workers}")
 
 # %% ../nbs/11i_command.ipynb #c020
 #| code-fold: true
+def _same(args):
+    "The command to give next: with --again it would begin anew."
+    return "the same command" + (" without --again" if args.again else "")
+
 def _act(args, begun):
     "Do what the arguments say; the stems of the cells that failed."
     cells = named_cells(args)
     _check(args)
-    deadline = begun + _seconds(args.budget) if args.budget else None
+    deadline = None if args.budget is None else begun + _seconds(args.budget)
     _wait_passively()
     if args.dry_run:
         _dry_run(cells, args)
@@ -226,7 +233,7 @@ def _act(args, begun):
     if outcome.late:
         over = to_do(cells, args.out)
         _say(f"the time of {args.budget} is over: {len(over)} of {len(cells)} cells are left, next "
-             f"{over[0].stem}; the same command goes on with them")
+             f"{over[0].stem}; {_same(args)} goes on with them")
     return outcome.failed
 
 # %% ../nbs/11i_command.ipynb #c022
@@ -244,7 +251,7 @@ def train_main(
                 return
             failed = _act(args, begun)
     except KeyboardInterrupt as e:
-        _say("ngc_train: stopped; the same command goes on from the last epoch", file=sys.stderr)
+        _say(f"ngc_train: stopped; {_same(args)} goes on from the last epoch", file=sys.stderr)
         sys.exit(_status(e))
     except Exception as e:
         if args.traceback: raise
@@ -252,4 +259,4 @@ def train_main(
         sys.exit(f"ngc_train: {_complaint(e)}")
     if failed:
         sys.exit(f"ngc_train: {len(failed)} cells failed: {', '.join(failed)}; "
-                 "the same command tries them again")
+                 f"{_same(args)} tries them again")

@@ -164,7 +164,7 @@ class Job:
 
     def checkpoint(self, *args:Any, **kwargs:Any)->object:
         import submitit
-        return submitit.helpers.DelayedSubmission(self, *args, **kwargs)
+        return submitit.helpers.DelayedSubmission(self, *args, **(kwargs | {"again": False}))
 
 # %% ../nbs/11h_jobs.ipynb #c018
 #| code-fold: true

@@ -79,7 +79,7 @@ def _folder_experiment(path, root, net):
 
 def _slug(text):
     "Text as part of a file's name, neither hidden nor a path."
-    return "".join("-" if c in ":/\\" else c for c in text).lstrip(".") or "images"
+    return "".join("-" if c in ":/\\," or not c.isprintable() else c for c in text).lstrip(".") or "images"
 
 # %% ../nbs/11a_known.ipynb #c012
 #| code-fold: true

@@ -177,9 +177,9 @@ class Record(_Watch):
         self.recorder.metric_names = ["epoch", "seconds", *values, "time"]
         self.recorder.log = [epoch, seconds, *values.values(), seconds]
         self.bar.set_postfix(_postfix(values))
-        self.rows.save()
         if margins is not None:
-            save_margins(self.rows, margins)
+            save_margins(self.rows, margins)  # first: with its last row a run of one epoch is done
+        self.rows.save()
 
     def evaluate(self, margins:bool=False)->tuple:
         "Metrics on the training set (as the loss saw it, or clean) and on the test set; training margins."

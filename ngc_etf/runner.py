@@ -36,7 +36,8 @@ def on_device(
         kind = torch.device(device)
     except RuntimeError as e:
         raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}") from e
-    if kind.type != "cuda": return device
+    if kind.type == "cpu": return device
+    if kind.type != "cuda": raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}")
     asked = f"device {device!r} was asked for, but torch sees"
     if not torch.cuda.is_available(): raise ValueError(f"{asked} no GPU here")
     if (kind.index or 0) >= torch.cuda.device_count():
@@ -178,6 +179,7 @@ def run(
     environment()  # what is written beside the rows is found before the first step
     _warn_if_slow(rows.exp, device)
     with rows.locked(), _advice():
+        if world_size == 1 and rows.done: return rows  # another process has ended it meanwhile
         if data is None:
             _run_ufm(rows, device, progress, deadline)
         else:
