@@ -299,7 +299,7 @@ def test_runs_that_do_not_belong_together(tmp_path):
 def test_tables_are_well_formed(tmp_path):
     store(tmp_path, get_experiment("stl10-vgg13", method="standard", epochs=50))
     files = write_tables(tmp_path / "tables", read_evidence(tmp_path))
-    names = ("claims", "table1", "table2", "leaders", "table3", "coverage")
+    names = ("claims", "table1", "table2", "leaders", "table3", "figures", "coverage")
     assert sorted(f.name for f in files) == sorted(f"{n}.{e}" for n in names for e in ("md", "tex", "html"))
     for f in files:
         text = f.read_text()
