@@ -10,11 +10,10 @@ import numpy as np
 import pandas as pd
 
 from .catalogue import UFM
-from .known import EXPERIMENTS
+from .known import _THREE, EXPERIMENTS
 from .outcomes import _epochs_to, floor_of
 from .rules import (
-    _SEEDS, _THREE, _by_experiment, _by_machine, _ends_of, _epochs, _faster, _judge,
-    _seeds, _swept)
+    _SEEDS, _by_experiment, _by_machine, _ends_of, _epochs, _faster, _judge, _seeds, _swept)
 from .tables import _stems
 
 # %% ../nbs/12d_claims.ipynb #c007
@@ -171,7 +170,8 @@ def _stable_start(evidence):
             early = pd.concat(group).query("epoch <= 10").groupby("epoch").train_loss
             width[value] = (early.max() - early.min()).mean() + 1e-9
         effects[name] = (width[False] / width[True], _seeds(runs))
-    words = "with the exact solution and without it, losses of ten epochs vary {:.3g} times as much over seeds"
+    words = "with the exact solution and without it, "
+    words += "losses of ten epochs vary {:.3g} times as much over seeds"
     return _judge(effects, lambda x: x >= 1.1, words, "runs with and without solving (6) first")
 
 # %% ../nbs/12d_claims.ipynb #c024

@@ -19,7 +19,7 @@ from functools import partial
 from .catalogue import UFM
 from .experiment import METHODS, TRACKERS
 from .known import EXPERIMENTS, SUITES, get_experiment, suite_cells
-from .machine import _say, _speaking_as, _status, _terminable, _wait_passively
+from .machine import _command_output, _say, _status, _terminable, _wait_passively
 
 # %% ../nbs/11i_command.ipynb #c006
 #| code-fold: true
@@ -114,8 +114,8 @@ def _seconds(text):
     return seconds
 
 def _number(text):
-    "A number where the text is one."
-    return ast.literal_eval(text) if re.fullmatch(r"-?\d*\.?\d+(e-?\d+)?", text) else text
+    "A number where the text is one; with a zero in front, as in 0123, it is a name."
+    return ast.literal_eval(text) if re.fullmatch(r"-?(?!0\d)\d*\.?\d+(e-?\d+)?", text, re.ASCII) else text
 
 def _cluster_options(pairs):
     "KEY=VALUE pairs as a dict, numbers as numbers."
@@ -138,7 +138,8 @@ def named_cells(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {args.method!r}")
     changes = {name: getattr(args, name) for name in [*(f[0] for f in _FIELDS), *(f[0] for f in _FLAGS)]}
     changes["precision"] = args.precision or "auto"
-    changes |= {"alpha": _number(args.alpha) if args.alpha else None, "tag": args.tag, "root": args.data}
+    alpha = None if args.alpha is None else _number(args.alpha)
+    changes |= {"alpha": alpha, "tag": args.tag, "root": args.data}
     if args.experiment:
         return [get_experiment(args.experiment, method=args.method, seed=args.seed, **changes)]
     seeds:Iterable[int]|None = None if args.seeds is None else range(args.seeds)
@@ -185,17 +186,32 @@ def _dry_run(cells, args):
     if len(rows) > 1:
         _say(f"\n{len(rows)} cells, {hours:.2g} hours one after the other")
 
+def _check(args):
+    "A `ValueError` for arguments that do not go together."
+    if args.jobs is not None and (args.suite is None or args.jobs < 1):
+        raise ValueError("--jobs N, at least 1, goes with --suite")
+    if args.cluster and (args.budget or args.jobs):
+        raise ValueError("--budget and --jobs do not go with --cluster: "
+                         "give timeout_min to --cluster-options")
+    if args.cluster_options and not args.cluster: raise ValueError("--cluster-options goes with --cluster")
+    if args.workers is not None and args.workers < 0:
+        raise ValueError(f"--workers must not be negative, got {args.workers}")
+
 # %% ../nbs/11i_command.ipynb #c020
 #| code-fold: true
+def _same(args):
+    "The command to give next: with --again it would begin anew."
+    return "the same command" + (" without --again" if args.again else "")
+
 def _act(args, begun):
     "Do what the arguments say; the stems of the cells that failed."
     cells = named_cells(args)
-    if args.jobs is not None and (args.suite is None or args.jobs < 1):
-        raise ValueError("--jobs N, at least 1, goes with --suite")
-    deadline = begun + _seconds(args.budget) if args.budget else None
+    _check(args)
+    deadline = None if args.budget is None else begun + _seconds(args.budget)
     _wait_passively()
     if args.dry_run:
-        return _dry_run(cells, args)
+        _dry_run(cells, args)
+        return []
     from ngc_etf.jobs import run_jobs, submit
     from ngc_etf.estimates import forecast
     from ngc_etf.suite import run_cells, to_do
@@ -217,7 +233,7 @@ def _act(args, begun):
     if outcome.late:
         over = to_do(cells, args.out)
         _say(f"the time of {args.budget} is over: {len(over)} of {len(cells)} cells are left, next "
-             f"{over[0].stem}; the same command goes on with them")
+             f"{over[0].stem}; {_same(args)} goes on with them")
     return outcome.failed
 
 # %% ../nbs/11i_command.ipynb #c022
@@ -229,10 +245,13 @@ def train_main(
     begun = time.time()
     args = train_parser().parse_args(argv)
     try:
-        with _terminable(), _speaking_as("ngc_train"):
-            failed = _say(_listing(args)) if args.list else _act(args, begun)
+        with _terminable(), _command_output("ngc_train"):
+            if args.list:
+                _say(_listing(args))
+                return
+            failed = _act(args, begun)
     except KeyboardInterrupt as e:
-        _say("ngc_train: stopped; the same command goes on from the last epoch", file=sys.stderr)
+        _say(f"ngc_train: stopped; {_same(args)} goes on from the last epoch", file=sys.stderr)
         sys.exit(_status(e))
     except Exception as e:
         if args.traceback: raise
@@ -240,4 +259,4 @@ def train_main(
         sys.exit(f"ngc_train: {_complaint(e)}")
     if failed:
         sys.exit(f"ngc_train: {len(failed)} cells failed: {', '.join(failed)}; "
-                 "the same command tries them again")
+                 f"{_same(args)} tries them again")

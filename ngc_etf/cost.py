@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 from .known import get_experiment
-from .machine import _say, _speaking_as, environment
+from .machine import _command_output, _say, environment
 
 # %% ../nbs/13_cost.ipynb #c006
 #| code-fold: true
@@ -110,7 +110,7 @@ def cost_main(
     "The command `ngc_cost solver|adjoint|scaling|step|methods|busy|memory|data|runner`."
     args = _parser().parse_args(argv)
     try:
-        with _speaking_as("ngc_cost"):
+        with _command_output("ngc_cost"):
             _measure(args)
     except (ValueError, OSError) as e:
         sys.exit(f"ngc_cost: {e}")

@@ -17,7 +17,7 @@ from typing import Self
 
 from .experiment import Experiment
 from .machine import take_turns
-from .suite import _share, state
+from .suite import _share
 
 # %% ../nbs/11g_estimates.ipynb #c006
 #| code-fold: true
@@ -26,12 +26,12 @@ class PeakMemory:
     gigabytes:float
 
     def __init__(self, device:str):
-        self.gpu = str(device).startswith("cuda")
+        self.device, self.gpu = device, str(device).startswith("cuda")
 
     def __enter__(self)->Self:
         if self.gpu:
             import torch
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(self.device)
             return self
         try:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: forget the peak so far
@@ -42,28 +42,26 @@ class PeakMemory:
     def __exit__(self, *exc:object)->None:
         if self.gpu:
             import torch
-            self.gigabytes = torch.cuda.max_memory_allocated() / 2**30
+            self.gigabytes = torch.cuda.max_memory_allocated(self.device) / 2**30
             return
         try:
             status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
             self.gigabytes = int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) / 2**20
-        except OSError:
+        except (OSError, IndexError):
             import resource
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             self.gigabytes = peak / 2**(20 if sys.platform == "linux" else 30)
 
 # %% ../nbs/11g_estimates.ipynb #c008
 #| code-fold: true
-def _few(exp, batch, root)->int:
-    "Of how many batches an evaluation is timed."
-    from ngc_etf.step import _sizes
-    _, train, test, _ = _sizes(exp, root)
-    return max(1, min(8, (train + test) // batch))
+def _few(sizes, batch)->int:
+    "How many batches to time an evaluation on, 1 to 8."
+    return max(1, min(8, (sizes.train + sizes.test) // batch))
 
-def _whole_run(exp, train, test, step, evaluate)->float:
+def _whole_run(exp, sizes, step, evaluate)->float:
     "Seconds of a whole run, from those of a step and of an evaluation for one sample."
     evaluations = sum(exp.due(e) for e in range(1, exp.epochs + 1))
-    return exp.epochs * train * step + evaluations * (train + test) * evaluate
+    return exp.epochs * sizes.train * step + evaluations * (sizes.train + sizes.test) * evaluate
 
 # %% ../nbs/11g_estimates.ipynb #c010
 #| code-fold: true
@@ -76,18 +74,19 @@ def estimate(
 )->dict:                   # samples/s of training, hours of the whole run, peak memory in GB
     "What a run would cost, from a few steps of it on invented data."
     from ngc_etf.step import _sizes, build_step, compile_network
-    _, train, test, _ = _sizes(exp, root)
+    sizes = _sizes(exp, root)
     with PeakMemory(device) as peak:
         training = build_step(exp, device, root=root)
         if compile and not exp.free:
             compile_network(training.model, training.x, training.y)
         batch = len(training.x)
-        few = _few(exp, batch, root)
+        few = _few(sizes, batch)
         calls = {"step": training.step, "evaluate": lambda: training.evaluate(few)}
         seconds = take_turns(calls, n, device, rewarm=False)
     step, evaluate = seconds["step"] / batch, seconds["evaluate"] / (few * batch)
-    hours = _whole_run(exp, train, test, step, evaluate) / 3600
-    on_device = 0 if exp.large or exp.free else (train + test) * training.x[0].numel()  # bytes of images
+    hours = _whole_run(exp, sizes, step, evaluate) / 3600
+    images = 0 if exp.large or exp.free else sizes.train + sizes.test
+    on_device = images * training.x[0].numel()  # bytes
     return {
         "cell": exp.stem,
         "images/s": round(1 / step),
@@ -105,22 +104,22 @@ def _work(exp):
     "Cells of the same network have steps that take about equally long; with the same method, equally long."
     return exp.data, exp.net, exp.batch_size, exp.size, exp.optimizer
 
-def _glances(cells, root, device):
+def _quick_times(cells, root, device):
     "{network: {method: seconds of a step and of an evaluation}}, as many as there is patience for."
     begun = time.perf_counter()
     known:dict[tuple, dict] = {}
-    turns:dict[tuple, dict] = {}
+    samples:dict[tuple, dict] = {}
     for exp in cells:
-        ways = turns.setdefault(_work(exp), {})
-        ways.setdefault(exp.method if exp.small else "", (len(ways), exp))
-    first = [(turn, exp) for ways in turns.values() for turn, exp in ways.values()]
+        by_method = samples.setdefault(_work(exp), {})
+        by_method.setdefault(exp.method if exp.small else "", (len(by_method), exp))
+    first = [(turn, exp) for by_method in samples.values() for turn, exp in by_method.values()]
     first.sort(key=lambda pair: pair[0])
     for _, exp in first:
         if time.perf_counter() - begun < _PATIENCE:
             known.setdefault(_work(exp), {})[exp.method] = _seconds_each(exp, root, device)
-    return {work: ways for work, ways in known.items() if all(ways.values())}
+    return {work: by_method for work, by_method in known.items() if all(by_method.values())}
 
-def _glance(call, quick=.1):
+def _quick_time(call, quick=.1):
     "Seconds of a call that ends in a number: of the first where it is slow, else the least of three more."
     def seconds():
         begun = time.perf_counter()
@@ -131,15 +130,15 @@ def _glance(call, quick=.1):
 
 def _seconds_each(exp, root, device):
     "Seconds of a step and of an evaluation for one sample; None where it cannot be timed."
-    from ngc_etf.step import build_step
+    from ngc_etf.step import _sizes, build_step
     if not (exp.small or device.startswith("cuda")):
         exp = replace(exp, batch_size=4, optimizer="sgd", schedule="none")
     try:
         training = build_step(exp, device, root=root)
         batch = len(training.x)
-        few = _few(exp, batch, root)
-        evaluate = _glance(lambda: training.evaluate(few)["nc1"])
-        return _glance(training.step) / batch, evaluate / (few * batch)
+        few = _few(_sizes(exp, root), batch)
+        evaluate = _quick_time(lambda: training.evaluate(few)["nc1"])
+        return _quick_time(training.step) / batch, evaluate / (few * batch)
     except Exception:
         return None
 
@@ -152,22 +151,21 @@ def _in_words(seconds):
     return f"{max(10, round(seconds, -1)):.0f} seconds"
 
 def forecast(
-    cells:Sequence[Experiment],
-    out:str|Path,         # folder of the rows, which say how much of a cell is over
-    root:str|Path="data", # folder of the data sets
-    device:str="cpu",     # where they would run
+    cells:Sequence[Experiment], # what is to be run
+    out:str|Path,               # folder of the rows, which say how much of a cell is over
+    root:str|Path="data",       # folder of the data sets
+    device:str="cpu",           # where they would run
 )->str:
     "About how long the cells will take, one after the other, in a sentence."
     from ngc_etf.step import _sizes
-    known, total, left_out = _glances(cells, root, device), 0., 0
+    known, total, left_out = _quick_times(cells, root, device), 0., 0
     for exp in cells:
-        ways = known.get(_work(exp))
-        if ways is None:
+        by_method = known.get(_work(exp))
+        if by_method is None:
             left_out += 1
             continue
-        each = ways.get(exp.method, [*ways.values()][0])
-        _, train, test, _ = _sizes(exp, root)
-        total += (1 - _share(state(exp, out))) * _whole_run(exp, train, test, *each)
+        each = by_method.get(exp.method, [*by_method.values()][0])
+        total += (1 - _share(exp, out)) * _whole_run(exp, _sizes(exp, root), *each)
     if left_out == len(cells): return "no estimate in two seconds; --dry-run takes the time for one"
     without = f"; {left_out} of {len(cells)} cells are not in it, --dry-run times them" if left_out else ""
     return f"about {_in_words(total)} on this machine, from a few steps of each kind of cell{without}"

@@ -27,6 +27,10 @@ TRACKERS = ("tensorboard", "wandb")  # that can show a run while it lasts
 
 # %% ../nbs/11_experiment.ipynb #c008
 #| code-fold: true
+def _stem(experiment, method, seed):
+    "A run's name: experiment/method-sSEED."
+    return f"{experiment}/{method}-s{seed}"
+
 class _Answers:
     "What a description answers from its fields."
     def due(self, epoch:int)->bool:
@@ -55,9 +59,14 @@ class _Answers:
         return self.sampler == "stratified" or self.method.startswith("nearest")
 
     @property
+    def key(self)->dict:
+        "What tells its rows from those of other runs."
+        return {"experiment": self.name, "method": self.method, "seed": self.seed}
+
+    @property
     def stem(self)->str:
         "Where the files of the run are, below the folder of results."
-        return f"{self.name}/{self.method}-s{self.seed}"
+        return _stem(**self.key)
 
     @property
     def as_json(self)->dict:
@@ -137,7 +146,7 @@ def _check(exp):
     for field in ("gain", "tau", "delta", "lr"):
         value = getattr(exp, field)
         if not 0 < value < float("inf"): raise ValueError(f"{field} must be positive, got {value}")
-    if exp.seed < 0: raise ValueError(f"seed must not be negative, got {exp.seed}")
+    if not 0 <= exp.seed < 2**63: raise ValueError(f"seed must lie in 0..2^63-1, got {exp.seed}")
     _check_together(exp)
 
 # %% ../nbs/11_experiment.ipynb #c016
@@ -147,9 +156,9 @@ def _check_together(exp):
     named = exp.alpha in ("paper", "cumulative")
     if not named and (isinstance(exp.alpha, (str, bool)) or not 0 < exp.alpha <= 1):
         raise ValueError(f"alpha must be paper, cumulative, or a number in (0, 1], got {exp.alpha!r}")
-    if exp.tail < 1 or (exp.tail > 1 and not _in_memory(exp.data)):
-        raise ValueError(f"tail must be at least 1, and 1 unless the data is one of {', '.join(DATASETS)}; "
-                         f"got {exp.tail} with {exp.data}")
+    if not 1 <= exp.tail < float("inf") or (exp.tail > 1 and not _in_memory(exp.data)):
+        raise ValueError("tail must be at least 1, finite, and 1 unless the data is one of "
+                         f"{', '.join(DATASETS)}; got {exp.tail} with {exp.data}")
     if exp.schedule != "none" and exp.optimizer == "agd":
         raise ValueError("schedule must be none with optimizer agd, which has no learning rate, "
                          f"got {exp.schedule!r}")

@@ -38,6 +38,8 @@ def _write_whole(
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as f:
             write(f)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as e:  # torch.save turns the first into the second
         if stop := _interruption(e): raise type(stop) from e
@@ -71,6 +73,13 @@ def _lock(file, path):
     file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()
 
+def _still_there(file, path):
+    "Whether an open file is the one of this name, and not one that its last holder took away."
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
 @contextmanager
 def _locked(path:Path):
     "Nobody else holds this lock meanwhile."
@@ -78,10 +87,13 @@ def _locked(path:Path):
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as f:
-        f.seek(0)
-        _lock(f, path)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    while True:
+        with open(path, "a+", encoding="utf-8") as f:
+            f.seek(0)
+            _lock(f, path)
+            if not _still_there(f, path): continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return

@@ -26,24 +26,24 @@ from tqdm.auto import tqdm
 
 from .experiment import Experiment
 from .machine import (
-    OutOfTime, _interruption, _say, _speaking_as, _status, _terminable, _wait_passively)
-from .suite import Outcome, _complaint, _last_row, _share, state
+    OutOfTime, _command_output, _cores, _interruption, _say, _status, _terminable, _wait_passively)
+from .suite import Outcome, _complaint, _last_row, _share
 
 # %% ../nbs/11h_jobs.ipynb #c006
 #| code-fold: true
 _OUT_OF_TIME = 75  # exit status of a child that its deadline stopped
-_CHILD = "from ngc_etf.jobs import _child; _child()"
+_COMMAND = "from ngc_etf.jobs import _be_child; _be_child()"
 
 def _listen():
     "Stop this process when its standard input ends."
     os.read(0, 1)
     os.kill(os.getpid(), signal.SIGTERM)
 
-def _child():
+def _be_child():
     "One cell in a process of its own; its description and `run`'s arguments are a line of standard input."
     given = json.loads(sys.stdin.readline())
     try:
-        with _terminable(), _speaking_as("ngc_train"):
+        with _terminable(), _command_output("ngc_train"):
             threading.Thread(target=_listen, daemon=True).start()
             _wait_passively()
             from ngc_etf.runner import run
@@ -63,13 +63,13 @@ def _child():
 
 # %% ../nbs/11h_jobs.ipynb #c008
 #| code-fold: true
-class _Job:
+class _Child:
     "A running cell."
     def __init__(self, exp, threads, arguments, trace):
         self.exp, self.log = exp, tempfile.TemporaryFile()
         own = int(os.environ.get("OMP_NUM_THREADS", threads))
         env = os.environ | {"OMP_NUM_THREADS": str(min(own, threads)), "PYTHONIOENCODING": "utf-8"}
-        self.process = subprocess.Popen([sys.executable, "-c", _CHILD], env=env, stdin=subprocess.PIPE,
+        self.process = subprocess.Popen([sys.executable, "-c", _COMMAND], env=env, stdin=subprocess.PIPE,
                                         stdout=self.log, stderr=None if trace else subprocess.DEVNULL,
                                         start_new_session=True, bufsize=0)
         given = {"experiment": exp.as_json, "arguments": arguments, "trace": trace}
@@ -87,19 +87,18 @@ class _Job:
 
 # %% ../nbs/11h_jobs.ipynb #c010
 #| code-fold: true
-class _Jobs:
+class _Queue:
     "So many cells at once."
     def __init__(self, cells, jobs, out, arguments, trace):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.waiting, self.running, self.jobs, self.out = list(cells), [], jobs, out
-        self.threads, self.trace = max(1, cores // jobs), trace
+        self.threads, self.trace = max(1, _cores() // jobs), trace
         self.arguments = arguments | {"out": str(out)}
         self.total, self.ended, self.outcome = len(cells), 0, Outcome()
 
     def start(self):
         "Start what there is room for."
         while self.waiting and len(self.running) < self.jobs and not self.outcome.late:
-            self.running.append(_Job(self.waiting.pop(0), self.threads, self.arguments, self.trace))
+            self.running.append(_Child(self.waiting.pop(0), self.threads, self.arguments, self.trace))
 
     def collect(self):
         "What has ended, each with a line."
@@ -118,7 +117,7 @@ class _Jobs:
 
     def share(self):
         "How much of the work is over, in cells."
-        return self.ended + sum(_share(state(job.exp, self.out)) for job in self.running)
+        return self.ended + sum(_share(job.exp, self.out) for job in self.running)
 
     def stop(self):
         "Stop all that run, and wait for them."
@@ -130,19 +129,19 @@ class _Jobs:
 # %% ../nbs/11h_jobs.ipynb #c012
 #| code-fold: true
 def run_jobs(
-    cells:Sequence[Experiment],
-    jobs:int,         # so many at once
-    out:str|Path,     # folder of the rows
-    trace:bool=False, # print where an error came from
-    **arguments:Any,  # of `run`
+    cells:Sequence[Experiment], # begun in this order
+    jobs:int,                   # so many at once
+    out:str|Path,               # folder of the rows
+    trace:bool=False,           # print where an error came from
+    **arguments:Any,            # of `run`
 )->Outcome:
     "Run all, several at once, each in its own process."
     if jobs < 1: raise ValueError(f"jobs must be at least 1, got {jobs}")
-    work = _Jobs(cells, jobs, out, arguments, trace)
+    work = _Queue(cells, jobs, out, arguments, trace)
     layout = "{l_bar}{bar}| {n:.2f}/{total} {postfix}"
     bar = tqdm(total=len(cells), disable=None, unit="cell", bar_format=layout)
     try:
-        while work.waiting and not work.outcome.late or work.running:
+        while (work.waiting and not work.outcome.late) or work.running:
             work.start()
             for line, stream in work.collect():
                 bar.clear()
@@ -165,7 +164,7 @@ class Job:
 
     def checkpoint(self, *args:Any, **kwargs:Any)->object:
         import submitit
-        return submitit.helpers.DelayedSubmission(self, *args, **kwargs)
+        return submitit.helpers.DelayedSubmission(self, *args, **(kwargs | {"again": False}))
 
 # %% ../nbs/11h_jobs.ipynb #c018
 #| code-fold: true
@@ -201,12 +200,12 @@ def _wait_for(jobs)->Outcome:
     return outcome
 
 def submit(
-    cells:Sequence[Experiment],
-    cluster:str,            # "local" or "slurm"
-    out:str|Path,           # folder of the rows; logs go to its folder .jobs
-    options:dict|None=None, # of submitit's `update_parameters`: slurm_partition, timeout_min, ...
-    **arguments:Any,        # of `run`
-)->Outcome:                 # nothing has failed yet on Slurm, which is not waited for
+    cells:Sequence[Experiment], # submitted in this order
+    cluster:str,                # "local" or "slurm"
+    out:str|Path,               # folder of the rows; logs go to its folder .jobs
+    options:dict|None=None,     # of submitit's `update_parameters`: slurm_partition, timeout_min, ...
+    **arguments:Any,            # of `run`
+)->Outcome:                     # nothing has failed yet on Slurm, which is not waited for
     "One job a cell."
     executor, slots = _executor(cluster, Path(out)/".jobs", options or {})
     here = cluster == "local"

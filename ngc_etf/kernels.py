@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from .adjoint import ddn_vjp, vjp_dense_constraints, vjp_one_cholesky
-from .machine import take_turns
+from .machine import _synchronise, take_turns
 from .nearest import SOLVERS, nearest_etf
 from .proximal import trust_region
 from .simplex import check_classes, haar_direction
 
 # %% ../nbs/12h_kernels.ipynb #c006
 #| code-fold: true
-def _unit(X):
+def _as_means(X):
     "Centred, of unit Frobenius norm: what the head makes of class means."
     X = X - X.mean(1, keepdim=True)
     return X / X.norm()
@@ -37,9 +37,9 @@ def proximal_problem(
     "Means after a small change, and the solution before it."
     check_classes(C, d)
     g = torch.Generator().manual_seed(seed)
-    before, change = (_unit(torch.randn(d, C, generator=g, dtype=torch.float64)) for _ in range(2))
+    before, change = (_as_means(torch.randn(d, C, generator=g, dtype=torch.float64)) for _ in range(2))
     U_prox = nearest_etf(before, haar_direction(d, C, g, torch.float64))
-    H = _unit(before + moved*change)
+    H = _as_means(before + moved*change)
     return H.to(device, dtype), U_prox.to(device, dtype)
 
 # %% ../nbs/12h_kernels.ipynb #c010
@@ -92,10 +92,10 @@ def peak_bytes(
 )->int:
     "The extra memory that f needs at its highest point, counted from the allocator's own events."
     if str(device).startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         f()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated(device) - before
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as p:
         f()
@@ -144,8 +144,10 @@ def _dense_bytes(d, C, size):
 
 def _dense_backward_seconds(H, U, U_prox, v):
     "The time of the paper's backward pass, taken once."
+    _synchronise(H.device)
     start = time.perf_counter()
     vjp_dense_constraints(H, U, U_prox, 1e-3, v)
+    _synchronise(H.device)
     return time.perf_counter() - start
 
 def _paper_rows(d, C, device="cpu", rounds=7):

@@ -67,7 +67,7 @@ def get_experiment(
         raise ValueError(f"net is {exp.net or 'none'} in the experiment {name!r}, got {net!r}: "
                          "only folder:PATH leaves the choice")
     if tag:
-        changes["name"] = f"{exp.name}-{_plain(tag)}"
+        changes["name"] = f"{exp.name}-{_slug(tag)}"
     return dataclasses.replace(exp, **changes)
 
 def _folder_experiment(path, root, net):
@@ -75,11 +75,11 @@ def _folder_experiment(path, root, net):
     if not path.strip(): raise ValueError("folder:PATH needs a path below the data folder, got 'folder:'")
     folder = (Path(root).expanduser()/path).resolve()
     path = os.path.normpath(path)
-    return Experiment(_plain(f"{folder.name or 'images'}-{net}"), f"folder:{path}", net)
+    return Experiment(_slug(f"{folder.name or 'images'}-{net}"), f"folder:{path}", net)
 
-def _plain(text):
+def _slug(text):
     "Text as part of a file's name, neither hidden nor a path."
-    return "".join("-" if c in ":/\\" else c for c in text).lstrip(".") or "images"
+    return "".join("-" if c in ":/\\," or not c.isprintable() else c for c in text).lstrip(".") or "images"
 
 # %% ../nbs/11a_known.ipynb #c012
 #| code-fold: true
@@ -93,12 +93,12 @@ _variants = [
     ("cifar10-vgg13", "nearest-no-ddn"), ("cifar10-resnet18", "standard-no-norm"),
     ("cifar10-resnet18", "fixed-haar"),
 ]
-_memory = [*UFM, "cifar10-resnet18", "cifar10-resnet50", "cifar100-resnet50", "imagenet-resnet50"]
+_TABLE_3 = [*UFM, "cifar10-resnet18", "cifar10-resnet50", "cifar100-resnet50", "imagenet-resnet50"]
 SUITES = {
     "demo": _cells(["ufm-10-short"]) + _cells(["clusters-100"], _THREE, 3) + _cells(["digits-net"]),
     "table1": _tables,
     "table2": _tables,
-    "table3": _cells(_memory, ("standard", "fixed", "nearest-no-ddn", "nearest")),
+    "table3": _cells(_TABLE_3, ("standard", "fixed", "nearest-no-ddn", "nearest")),
     "ufm": _cells(UFM),
     "figures": _tables + _variants,
     "long-tail": _cells(["digits-net-lt", "cifar10-resnet18-lt"]),

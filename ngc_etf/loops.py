@@ -40,7 +40,7 @@ def _row(metrics:dict, part:str="")->dict:
     return {column(k): v for k, v in metrics.items()}
 
 def _postfix(values):
-    "What the bar shows of a row."
+    "The values that the progress bar shows."
     shown = {"loss": "train_loss", "top1": "train_top1", "test": "test_top1", "nc1": "nc1"}
     return {k: f"{values[c]:.3g}" for k, c in shown.items() if c in values}
 
@@ -177,9 +177,9 @@ class Record(_Watch):
         self.recorder.metric_names = ["epoch", "seconds", *values, "time"]
         self.recorder.log = [epoch, seconds, *values.values(), seconds]
         self.bar.set_postfix(_postfix(values))
-        self.rows.save()
         if margins is not None:
-            save_margins(self.rows, margins)
+            save_margins(self.rows, margins)  # first: with its last row a run of one epoch is done
+        self.rows.save()
 
     def evaluate(self, margins:bool=False)->tuple:
         "Metrics on the training set (as the loss saw it, or clean) and on the test set; training margins."

@@ -68,6 +68,10 @@ def _version(name):
     except PackageNotFoundError:
         return ngc_etf.__version__ if name == "ngc_etf" else None
 
+def _cores():
+    "How many cores this process may use; not every system can tell."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 def _processor():
     "The processor's name as the system knows it, else its architecture."
     try:
@@ -93,6 +97,12 @@ def environment()->dict:
 
 # %% ../nbs/10c_machine.ipynb #c014
 #| code-fold: true
+def _synchronise(device):
+    "Wait until a GPU has done what it was given; on a CPU nothing is left to do."
+    if str(device).startswith("cuda"):
+        import torch
+        torch.cuda.synchronize(device)
+
 def take_turns(
     candidates:dict,                 # name -> function of no arguments
     rounds:int=7,                    # timed calls of each
@@ -101,19 +111,15 @@ def take_turns(
 )->dict:                             # name -> median seconds
     "Median times of functions called in turn."
     if rounds < 1: raise ValueError(f"rounds must be at least 1, got {rounds}")
-    import torch
-    gpu = str(device).startswith("cuda")
     seconds:dict[str, list[float]] = {name: [] for name in candidates}
     for i in range(rounds):
         for name, call in candidates.items():
             if rewarm or i == 0:
                 call()
-            if gpu:
-                torch.cuda.synchronize()
+            _synchronise(device)
             start = time.perf_counter()
             call()
-            if gpu:
-                torch.cuda.synchronize()
+            _synchronise(device)
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(t) for name, t in seconds.items()}
 
@@ -162,8 +168,8 @@ def _wait_passively():
 # %% ../nbs/10c_machine.ipynb #c026
 #| code-fold: true
 @contextmanager
-def _speaking_as(prog):
-    "What every command does around its work, torch's import included."
+def _command_output(prog):
+    "A command's output: unprintable characters replaced, warnings as `prog: message`, deprecations hidden."
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

@@ -134,7 +134,8 @@ def _label_faults(y:Tensor, C:int)->list:
     mass = y.sum(1, dtype=torch.promote_types(y.dtype, torch.float32))
     return [
         ((y >= 0).all() & y.isfinite().all(), "soft labels must be finite and not negative"),
-        ((mass - 1).abs().amax() <= tolerance, "soft labels must sum to 1 in each row: probabilities of one sample"),
+        ((mass - 1).abs().amax() <= tolerance,
+         "soft labels must sum to 1 in each row: probabilities of one sample"),
     ]
 
 # %% ../nbs/02_means.ipynb #c028

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from .catalogue import DATASETS, UFM
 from .data import balanced_labels
 from .kernels import _dense_bytes, peak_bytes
-from .known import get_experiment
+from .known import _TABLE_3, get_experiment
 from .models import body
 from .step import make_head
+from .tables import _HEADS_3
 
 # %% ../nbs/12k_memory.ipynb #c006
 #| code-fold: true
@@ -60,9 +61,6 @@ def _head_bytes(method, d, C, N):
 
 # %% ../nbs/12k_memory.ipynb #c012
 #| code-fold: true
-_TABLE_3 = (*UFM, "cifar10-resnet18", "cifar10-resnet50", "cifar100-resnet50", "imagenet-resnet50")
-_HEADS_3 = ("standard", "fixed", "nearest-no-ddn", "nearest")
-
 def memory_rows(
     quick:bool=False,              # UFM-10 and CIFAR-10 with ResNet18 only
     device:str|torch.device="cpu", # not used: memory is counted

@@ -19,6 +19,7 @@ from .augment import Augment, augment_rates
 from .catalogue import DATASETS, DataSpec
 from .data import load_data
 from .experiment import Experiment
+from .machine import _synchronise
 from .runner import run
 from .step import build_step
 
@@ -37,8 +38,8 @@ def _bare_loop(training, data):
 class _InTurns(Callback):
     "Times the runner's training steps and those of another loop, in turns of so many."
     order = -20
-    def __init__(self, other, turn, sync):
-        self.other, self.turn, self.sync, self.seconds = other, turn, sync, []
+    def __init__(self, other, turn, device):
+        self.other, self.turn, self.device, self.seconds = other, turn, device, []
 
     def before_train(self):
         self.start, self.done = None, 0
@@ -55,7 +56,7 @@ class _InTurns(Callback):
         self.start, self.done = self._now(), 0
 
     def _now(self):
-        self.sync()
+        _synchronise(self.device)
         return time.perf_counter()
 
 def _invented_images(C, n, size=32):
@@ -74,9 +75,8 @@ _RUNS = (("resnet18", 10), ("resnet50", 100))
 @contextmanager
 def _clock(exp, turn, device):
     "Every Learner in the block is timed in turns with the bare loop."
-    sync = torch.cuda.synchronize if str(device).startswith("cuda") else int
     other = _bare_loop(build_step(exp, device), load_data(exp.data))
-    clock = _InTurns(other, turn, sync)
+    clock = _InTurns(other, turn, device)
     defaults.callbacks.append(clock)
     try:
         yield clock

@@ -7,6 +7,7 @@ __all__ = ['read_runs', 'load_rows', 'by_experiment', 'check_rows']
 
 # %% ../nbs/11j_reading.ipynb #c003
 #| code-fold: true
+import csv
 import json
 import warnings
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .experiment import METHODS, Experiment
+from .experiment import METHODS, Experiment, _stem
 from .known import EXPERIMENTS, SUITES, suite_cells
 from .rows import parse_config
 
@@ -40,9 +41,10 @@ def _fault(text, needed):
     if "\0" in text: return "it holds zero bytes, as after a crash of the machine"
     if lines[0].count(";") >= len(needed) - 1:
         return "its columns are separated by ';', as a spreadsheet saves them: fetch the original again"
-    missing = [c for c in needed if c not in lines[0].split(",")]
+    fields = [*csv.reader(StringIO(text))]
+    missing = [c for c in needed if c not in fields[0]]
     if missing: return f"no {', '.join(missing)}"
-    cut = [i for i, line in enumerate(lines, 1) if line.count(",") != lines[0].count(",")]
+    cut = [i for i, row in enumerate(fields, 1) if len(row) != len(fields[0])]
     if cut: return f"a line is cut (line {cut[0]})"
     if not text.endswith("\n"): return f"a line is cut (line {len(lines)})"
 
@@ -77,7 +79,7 @@ def _description(path):
     beside = path.with_suffix(".json")
     try:
         about = json.loads(_text(beside))
-        about["experiment"]["name"], about["C"]
+        about["experiment"]["name"], about["C"] + 0
     except (ValueError, KeyError, TypeError) as e:
         why = f"{type(e).__name__}: {e}"
         raise ValueError(f"{path} has no readable description beside it: {why}") from e
@@ -116,17 +118,16 @@ def read_runs(
     runs:dict[tuple, dict] = {}
     tables = [f for f in sorted(folder.rglob("*.csv")) if not f.name.endswith(".margins.csv")]
     tables = [f for f in tables if f.relative_to(folder).parts[0] not in _ELSEWHERE]
-    _note_strangers(folder, [f for f in tables if not _of_ours(f)])
-    for path in tables:
-        if not _of_ours(path): continue
+    ours = [f for f in tables if _of_ours(f)]
+    _note_strangers(folder, [f for f in tables if f not in ours])
+    for path in ours:
         try:
             run, found = _one_run(path)
         except ValueError as e:
             wrong.append(str(e))
             continue
         if run in runs:
-            stem = f"{run[0]}/{run[1]}-s{run[2]}"
-            wrong.append(f"double rows: {path} and {runs[run]['path']} both hold {stem}")
+            wrong.append(f"double rows: {path} and {runs[run]['path']} both hold {_stem(*run)}")
         else:
             runs[run] = found
     return runs, wrong
@@ -152,7 +153,7 @@ def load_rows(
     if not runs: raise ValueError(f"no rows below {folder}: run ngc_train --out {folder} first")
     tables = [[r[part] for r in runs.values() if len(r[part])] for part in ("rows", "margins")]
     rows, margins = (pd.concat(t, ignore_index=True) if t else pd.DataFrame(columns=_MARGINS) for t in tables)
-    about = {f"{e}/{m}-s{s}": r["about"] for (e, m, s), r in runs.items()}
+    about = {_stem(*run): r["about"] for run, r in runs.items()}
     return _ordered(rows), _ordered(margins), about
 
 def by_experiment(
@@ -168,7 +169,7 @@ def _gaps(run)->list:
     "What a run's description promises and its rows do not hold."
     try:
         exp = Experiment(**run["about"]["experiment"])
-    except ValueError as e:
+    except (ValueError, TypeError) as e:
         return [f"{run['path']} is damaged: its description is not one of ours: {e}"]
     last, out = run["rows"].epoch.max(), []
     lost = sorted({t for t in range(1, last + 1) if exp.due(t)} - {*run["rows"].epoch})
@@ -187,6 +188,8 @@ def check_rows(
     "All that is damaged, double or missing."
     if suite is not None and suite not in SUITES:
         raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {suite!r}")
+    if seeds is not None and (seeds < 1 or suite is None):
+        raise ValueError(f"seeds must be at least 1 and go with suite, got seeds={seeds}, suite={suite}")
     runs, wrong = read_runs(folder)
     if not (runs or wrong or suite):
         raise ValueError(f"no rows below {folder}: run ngc_train --out {folder} first")

@@ -87,7 +87,7 @@ def as_latex(
 def _is_absent(value):
     return value is None or str(value) == "no verdict: not run"
 
-def _collapse(table, ours):
+def _drop_unrun(table, ours):
     "The lines of a table with something of ours in the columns `ours`, and a sentence about the others."
     empty = np.array([all(map(_is_absent, line)) for line in table[ours].values.tolist()])
     title = table.iloc[:, 0]

@@ -18,12 +18,13 @@ from .catalogue import UFM
 from .figures import classes_grow, has_curves, panels, step_times
 from .judgement import judge, sentences
 from .known import SUITES
-from .machine import _say, _speaking_as
+from .machine import _command_output, _say
 from .outcomes import _epochs_to, _runs, coverage, floor_of, summary, sweep_table
 from .reading import by_experiment, check_rows
-from .render import _collapse, _configuration, _ours, _page, _picture, _wide, as_latex, as_markdown
+from .render import _configuration, _drop_unrun, _ours, _page, _picture, _wide, as_latex, as_markdown
 from .rules import Evidence, _by_machine, read_evidence
-from .tables import _TITLES, Cell, _base, _verdict, accuracy_table, memory_table, verdict_table
+from .tables import (
+    _TITLES, Cell, _base, _figures_of, _verdict, accuracy_table, figure_table, memory_table, verdict_table)
 
 # %% ../nbs/12g_report.ipynb #c007
 #| code-fold: true
@@ -45,10 +46,12 @@ def _all_tables(evidence, verdicts):
     three, leads = memory_table(evidence.memory), verdict_table(rows, about)
     titles = {
         "claims": ("Claims", "Each claim of the paper that can be measured, judged by rows.", verdicts, ""),
-        "table1": ("Table 1: train accuracy", _CAPTION, *_collapse(one, _ours(one))),
-        "table2": ("Table 2: test accuracy", _CAPTION, *_collapse(two, _ours(two))),
-        "leaders": ("Who leads", _LEADERS, *_collapse(leads, list(leads)[1:])),
-        "table3": ("Table 3: memory in training", _CAPTION_3, *_collapse(three, _ours(three))),
+        "table1": ("Table 1: train accuracy", _CAPTION, *_drop_unrun(one, _ours(one))),
+        "table2": ("Table 2: test accuracy", _CAPTION, *_drop_unrun(two, _ours(two))),
+        "leaders": ("Who leads", _LEADERS, *_drop_unrun(leads, list(leads)[1:])),
+        "table3": ("Table 3: memory in training", _CAPTION_3, *_drop_unrun(three, _ours(three))),
+        "figures": ("The figures with curves", "Seeds and the epoch that all of them reach.",
+                    figure_table(rows), ""),
         "coverage": ("What has been run", "Each run's last epoch and values.", coverage(rows, about), ""),
     }
     for field in ("delta", "alpha", "tau", "gain", "start", "solve_first", "lag", "project"):
@@ -131,7 +134,8 @@ def _of_one(evidence, base, groups, figures):
     for name in groups:
         runs |= _settings(evidence.about, name)[0]
     variants = {name: group for name, group in groups.items() if name != base}
-    part = [f'<h2 id="{title}">{title}</h2>']
+    paper = f" ({_figures_of(base)})" if _figures_of(base) else ""
+    part = [f'<h2 id="{title}">{title}{paper}</h2>']
     if base in groups:
         fig = _figure(evidence, base, groups[base])
         part.append(f"<p>{html.escape(_first_at_99(groups[base]))}</p>")
@@ -150,7 +154,8 @@ def _pictures(evidence):
     if {*evidence.rows.experiment} & {*UFM}:
         out["classes-grow"] = ("Growing numbers of classes (Figure 3)", classes_grow(evidence.rows))
     for name, cell, cost in _by_machine(evidence.methods):
-        title = f"The time of a step: {name} (Figures 5, 16)"
+        figure = {"cifar100-resnet50": " (Figure 5)", "cifar10-resnet18": " (Figure 16)"}.get(cell, "")
+        title = f"The time of a step: {name}{figure}"
         out[f"step-{'-'.join(name.split())}"] = (title, step_times(cost, cell))
     return out
 
@@ -161,7 +166,7 @@ def _of_all(evidence, tables, figures):
         out += [f"<h2>{html.escape(title)}</h2>", _picture(fig, title, name, figures)]
     of_paper = {*evidence.rows.experiment} & {*_TITLES}
     for name, (title, caption, table, absent) in tables.items():
-        if name == "claims" or (name in ("table1", "table2", "leaders") and not of_paper):
+        if name == "claims" or (name in ("table1", "table2", "leaders", "figures") and not of_paper):
             continue
         part = f"<p>{html.escape(caption)}</p>{_wide(table, name, absent)}"
         if name == "coverage":
@@ -239,7 +244,9 @@ def report_main(
     matplotlib.use("agg")
     try:
         if args.suite and not args.check: raise ValueError("--suite goes with --check")
-        with _speaking_as("ngc_report"):
+        if args.seeds is not None and (args.suite is None or args.seeds < 1):
+            raise ValueError("--seeds N, at least 1, goes with --suite")
+        with _command_output("ngc_report"):
             _print_report(args)
     except (ValueError, OSError) as e:
         sys.exit(f"ngc_report: {e}")

@@ -8,6 +8,7 @@ __all__ = ['FORMAT', 'parse_config', 'check_data', 'Rows', 'save_margins']
 # %% ../nbs/11b_rows.ipynb #c003
 #| code-fold: true
 import json
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +19,12 @@ from .experiment import Experiment
 from .files import _locked, _write_whole
 from .machine import _interruption, _version, environment
 
-# %% ../nbs/11b_rows.ipynb #c003t
+# %% ../nbs/11b_rows.ipynb #c004
 #| code-fold: true
 if TYPE_CHECKING:  # a type's name need not load its library
     from torch import Tensor
 
-# %% ../nbs/11b_rows.ipynb #c007
+# %% ../nbs/11b_rows.ipynb #c008
 #| code-fold: true
 FORMAT = 1  # of the files; grows when an older program could misread them
 
@@ -32,17 +33,18 @@ def parse_config(
     path:Path,   # that file
 )->dict:         # as `Experiment.as_json`
     "A stored description, complete; a `ValueError` where another version wrote it."
-    fields, later = stored["experiment"], stored.get("format", 1)
+    fields, version = stored["experiment"], stored.get("format", 1)
+    if not isinstance(version, int): raise ValueError(f"{path} is damaged: its format is {version!r}")
     unknown = [k for k in fields if k not in Experiment.__dataclass_fields__]
-    if later > FORMAT or unknown:
+    if version > FORMAT or unknown:
         also = f" and the fields {', '.join(unknown)}" if unknown else ""
         raise ValueError(
-            f"{path} belongs to a results folder of another version of ngc_etf: it has format {later}{also}, "
-            f"version {_version('ngc_etf')} reads format {FORMAT}; use that version, or write to another "
-            "folder with --out (nothing was changed)")
+            f"{path} belongs to a results folder of another version of ngc_etf: it has format "
+            f"{version}{also}, version {_version('ngc_etf')} reads format {FORMAT}; use that version, or "
+            "write to another folder with --out (nothing was changed)")
     return Experiment("", "digits").as_json | fields
 
-# %% ../nbs/11b_rows.ipynb #c011
+# %% ../nbs/11b_rows.ipynb #c012
 #| code-fold: true
 def _short(value, width=70):
     text = str(value)
@@ -62,7 +64,7 @@ def check_data(
     raise ValueError(f"{path} is of a run on other data ({differ}): choose another folder with --out, "
                      "or run anew with --again")
 
-# %% ../nbs/11b_rows.ipynb #c015
+# %% ../nbs/11b_rows.ipynb #c016
 #| code-fold: true
 def _damaged(path, e):
     return ValueError(f"{path} is damaged ({type(e).__name__}): run anew with --again")
@@ -81,7 +83,9 @@ def _last_epoch(path:Path)->int:
     "The last epoch that has a row in a .csv; 0 without one."
     if not path.exists(): return 0
     try:
-        return int(pd.read_csv(path, encoding="utf-8")["epoch"].max())
+        table = pd.read_csv(path, encoding="utf-8")
+        if not path.read_bytes().endswith(b"\n"): raise ValueError("a line is cut")
+        return int(table["epoch"].max())
     except (ValueError, KeyError) as e:
         raise _damaged(path, e) from e
 
@@ -95,7 +99,7 @@ def _load_checkpoint(path:Path)->dict:
         if stop := _interruption(e): raise type(stop) from e
         raise ValueError(f"{path} cannot be read ({type(e).__name__}): run anew with --again") from e
 
-# %% ../nbs/11b_rows.ipynb #c017
+# %% ../nbs/11b_rows.ipynb #c018
 #| code-fold: true
 class _Files:
     "The files of one run, and what lies in them."
@@ -113,6 +117,8 @@ class _Files:
         self.C:int|None = None      # classes
         self.data:dict|None = None  # fingerprint
         self.about:dict = {}        # what the runner adds
+        self.earlier:list[dict] = []                # environments of earlier rows
+        self.resumed:tuple[int, dict]|None = None   # the epoch that it goes on from, and the .json there
 
     def about_stored(self)->dict|None:
         "The whole of the stored .json, its description complete, or None; a damaged one is named."
@@ -144,14 +150,13 @@ class _Files:
         whole = self.csv.exists() and not self.ckpt.exists() and self.stored() is not None
         return whole and not self.other and self.epoch == self.exp.epochs
 
-# %% ../nbs/11b_rows.ipynb #c019
+# %% ../nbs/11b_rows.ipynb #c020
 #| code-fold: true
 class Rows(_Files):
     "The files of one run: `append` rows, `save` them, `checkpoint` and `resume`."
     def append(self, epoch:int, **values:float)->None:
         "One evaluated epoch."
-        run = {"experiment": self.exp.name, "method": self.exp.method, "seed": self.exp.seed}
-        self.rows.append(run | {"epoch": epoch} | {k: float(v) for k, v in values.items()})
+        self.rows.append(self.exp.key | {"epoch": epoch} | {k: float(v) for k, v in values.items()})
 
     def save(self)->None:
         "Rows and description, as far as the run has come."
@@ -161,8 +166,22 @@ class Rows(_Files):
         about = {"format": FORMAT, "experiment": self.exp.as_json, "C": self.C}
         about |= {"data": self.data} if self.data is not None else {}
         about["environment"] = environment() | self.about
+        about |= self._earlier(about["environment"])
         text = json.dumps(about, indent=1) + "\n"
         _write_whole(self.json, lambda f: f.write(text.encode()))
+
+    def _earlier(self, now)->dict:
+        "The environments that earlier rows were made in, where they are not today's."
+        if self.resumed is not None:
+            epoch, about = self.resumed
+            self.resumed, self.earlier = None, about.get("earlier", [])
+            then = about.get("environment", now)
+            if then != json.loads(json.dumps(now)):
+                self.earlier = [*self.earlier, {"until": epoch, "environment": then}]
+            if then.get("sources") != now["sources"]:
+                message = f"{self.csv}: epochs 1 to {epoch} were made by other sources of ngc_etf"
+                warnings.warn(message, stacklevel=2)
+        return {"earlier": self.earlier} if self.earlier else {}
 
     def checkpoint(self, **state:Any)->None:
         "The last one only; all that a resumed run needs."
@@ -185,7 +204,8 @@ class Rows(_Files):
             raise ValueError(f"{self.ckpt} is a checkpoint of another configuration ({other}): run anew "
                              "with --again, or write to another folder with --out")
         check_data(state.get("data"), self.data, self.ckpt)
-        self.rows = state["rows"]
+        self.rows, about = state["rows"], self.about_stored()
+        self.resumed = (state.get("epoch", 0), about) if about and self.rows else None
         return state
 
     def clear(self)->None:
@@ -197,7 +217,7 @@ class Rows(_Files):
         "A context in which nobody else runs this cell."
         return _locked(self.lock) if self.write else nullcontext()
 
-# %% ../nbs/11b_rows.ipynb #c021
+# %% ../nbs/11b_rows.ipynb #c022
 #| code-fold: true
 def save_margins(
     rows:Rows,         # the run's files
@@ -209,6 +229,6 @@ def save_margins(
     import torch
     m = margins.double().cpu().sort().values
     rank = torch.linspace(0, len(m)-1, min(points, len(m))).round().long()
-    run = {"experiment": rows.exp.name, "method": rows.exp.method, "seed": rows.exp.seed}
-    frame = pd.DataFrame(run | {"rank": rank.numpy(), "of": len(m), "margin": m[rank].numpy()})
+    columns = {"rank": rank.numpy(), "of": len(m), "margin": m[rank].numpy()}
+    frame = pd.DataFrame(rows.exp.key | columns)
     _write_whole(rows.margins, lambda f: frame.to_csv(f, index=False, float_format="%.6g"))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .known import EXPERIMENTS
+from .known import _THREE, EXPERIMENTS
 from .outcomes import _LENGTH, _runs, _sweeps, _together
 from .reading import load_rows
 from .tables import _of_paper, _read_cost, _stems
@@ -66,9 +66,9 @@ def _judge(
     where = f" in {next(iter(enough))}" if len(enough) == 1 else f" (median of {len(enough)} experiments)"
     even = f"; level in {', '.join(level)}" if level else ""
     against = f"; not so in {', '.join(bad)}" if bad and len(enough) > 1 else ""
-    holds = not bad and 2 * len(level) < len(enough)
+    outcome = "holds" if not bad and 2 * len(level) < len(enough) else "fails"
     seeds = min(effects[e][1] for e in enough)
-    return Verdict("holds" if holds else "fails", words.format(effect) + where + even + against, seeds, effect)
+    return Verdict(outcome, words.format(effect) + where + even + against, seeds, effect)
 
 # %% ../nbs/12c_rules.ipynb #c013
 #| code-fold: true
@@ -122,8 +122,6 @@ def _epochs(runs, column, falls=False):
 
 # %% ../nbs/12c_rules.ipynb #c019
 #| code-fold: true
-_THREE = ("standard", "fixed", "nearest")
-
 def _faster(evidence, columns, methods=_THREE, falls=False):
     "{experiment: (epochs of the best rival over the last method's, seeds)}, the least over columns."
     *rivals, ours = methods

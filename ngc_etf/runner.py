@@ -36,7 +36,8 @@ def on_device(
         kind = torch.device(device)
     except RuntimeError as e:
         raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}") from e
-    if kind.type != "cuda": return device
+    if kind.type == "cpu": return device
+    if kind.type != "cuda": raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}")
     asked = f"device {device!r} was asked for, but torch sees"
     if not torch.cuda.is_available(): raise ValueError(f"{asked} no GPU here")
     if (kind.index or 0) >= torch.cuda.device_count():
@@ -82,7 +83,7 @@ def _is_sound(exp, device, root, times=4):
 # %% ../nbs/11e_runner.ipynb #c010
 #| code-fold: true
 def _same_precision(exp, out, device, world_size, root):
-    "As process 0 settles it."
+    "The experiment in the precision that process 0 chose."
     if world_size == 1: return settle_precision(exp, out, device, root)
     box = [settle_precision(exp, out, device, root) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box)
@@ -137,7 +138,7 @@ def _clear(exp, out, root, download):
 
 @contextmanager
 def _advice():
-    "Of the compiler's own exception."
+    "Turn the compiler's exception into a `ValueError` that says to leave out --compile."
     try:
         yield
     except TorchDynamoException as e:
@@ -178,6 +179,7 @@ def run(
     environment()  # what is written beside the rows is found before the first step
     _warn_if_slow(rows.exp, device)
     with rows.locked(), _advice():
+        if world_size == 1 and rows.done: return rows  # another process has ended it meanwhile
         if data is None:
             _run_ufm(rows, device, progress, deadline)
         else:

@@ -11,7 +11,6 @@ from functools import lru_cache
 from math import isfinite
 
 import torch
-from torch import Tensor
 
 from .lapack import _warn_once, eigh, qr, svd
 from .means import ValueCheck, _no_autocast

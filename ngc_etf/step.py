@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -136,18 +136,26 @@ def make_loaders(
                world_size=world_size, clean=exp.clean)
     return dls, {"train": dls.train, "train_eval": dls[2], "test": dls.valid}
 
+class _Sizes(NamedTuple):
+    "Of a data set."
+    C:int        # classes
+    train:int    # samples
+    test:int     # samples
+    shape:tuple  # of one sample
+
 def _sizes(exp, root="data"):
-    "C, samples in training and test, and the shape of one sample, without the files where they are known."
+    "The sizes of an experiment's data, without the files where they are known."
     if exp.free:
         C, N, d = UFM[exp.data]
-        return C, N, 0, (d,)
-    if exp.data == "imagenet": return 1000, 1_281_167, 50_000, (3, exp.size, exp.size)
+        return _Sizes(C, N, 0, (d,))
+    if exp.data == "imagenet": return _Sizes(1000, 1_281_167, 50_000, (3, exp.size, exp.size))
     if exp.large:
         data = folder_data(exp.data, root, exp.size)
-        return data.C, len(data.split("train")), len(data.split("val")), (3, data.size, data.size)
+        shape = 3, data.size, data.size
+        return _Sizes(data.C, len(data.split("train")), len(data.split("val")), shape)
     spec = find_data(exp.data)
     train, test, channels, side = spec.shape
-    return spec.C, train, test, (channels, side, side) if side > 1 else (channels,)
+    return _Sizes(spec.C, train, test, (channels, side, side) if side > 1 else (channels,))
 
 # %% ../nbs/11c_step.ipynb #c022
 #| code-fold: true
@@ -193,13 +201,13 @@ def build_step(
 )->TrainingStep:
     "The network, loss and optimiser of an experiment, and a batch to step on."
     if exp.free: return _free_step(exp, device, **changes)
-    C, _, _, shape = _sizes(exp, root) if data is None else (data.C, 0, 0, ())
-    net, n = network(exp, C, device, **changes), exp.batch_size
-    if data is None:
-        x, y = torch.randn(n, *shape, device=device), balanced_labels(C, max(n, C), device)[:n]
-    else:
-        x, y = next(iter(make_loaders(exp, data, device, workers=0)[0].train))
-    return TrainingStep(exp, net, x, y)
+    if data is not None:
+        net = network(exp, data.C, device, **changes)
+        return TrainingStep(exp, net, *next(iter(make_loaders(exp, data, device, workers=0)[0].train)))
+    sizes, n = _sizes(exp, root), exp.batch_size
+    net = network(exp, sizes.C, device, **changes)
+    x = torch.randn(n, *sizes.shape, device=device)
+    return TrainingStep(exp, net, x, balanced_labels(sizes.C, max(n, sizes.C), device)[:n])
 
 def _free_step(exp, device="cpu", **changes):
     "The step of a UFM: the features are parameters, and all of them are one batch (§4)."

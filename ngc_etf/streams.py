@@ -110,8 +110,7 @@ def measure_streams(
         model = training.model.eval()
         rows[-1]["train_top1"] = measure_collapse(model, dls[2])["top1"]
         rows[-1]["test_top1"] = measure_collapse(model, dls.valid)["top1"]
-    key = {"experiment": exp.name, "method": exp.method, "seed": exp.seed}
-    return pd.DataFrame(rows).assign(**key)
+    return pd.DataFrame(rows).assign(**exp.key)
 
 # %% ../nbs/11k_streams.ipynb #c020
 #| code-fold: true

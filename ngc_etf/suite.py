@@ -37,20 +37,21 @@ def state(
     except ValueError as e:
         return str(e)
 
-def _share(said):
-    "How much of a cell is over, from its state."
-    if said == "done": return 1.
-    found = re.fullmatch(r"epoch (\d+) of (\d+)", said)
-    return int(found[1]) / int(found[2]) if found else 0.
+def _share(exp, out):
+    "How much of a cell is over, from 0 to 1; 0 where its files are damaged or another configuration's."
+    rows = Rows(exp, out)
+    try:
+        return 0. if rows.other else rows.epoch / exp.epochs
+    except ValueError:
+        return 0.
 
 def to_do(
     cells:Iterable[Experiment],  # of `suite_cells`
     out:str|Path,                # folder of the rows
 )->list:                         # those that are not done, the most advanced first
     "What is left of a suite, next first."
-    states = [(state(exp, out), exp) for exp in cells]
-    left = [(_share(said), exp) for said, exp in states if said != "done"]
-    return [exp for _, exp in sorted(left, key=lambda cell: -cell[0])]
+    left = [exp for exp in cells if state(exp, out) != "done"]
+    return sorted(left, key=lambda exp: _share(exp, out), reverse=True)
 
 # %% ../nbs/11f_suite.ipynb #c010
 #| code-fold: true
@@ -78,9 +79,9 @@ def _complaint(e:BaseException)->str:
 # %% ../nbs/11f_suite.ipynb #c012
 #| code-fold: true
 def run_cells(
-    cells:Sequence[Experiment],
-    run:Callable[[Experiment], Rows],
-    trace:bool=False, # print where an error came from
+    cells:Sequence[Experiment],       # in this order
+    run:Callable[[Experiment], Rows], # one of them
+    trace:bool=False,                 # print where an error came from
 )->Outcome:
     "Run all; one that fails does not stop the others."
     outcome, alone = Outcome(), int(os.environ.get("WORLD_SIZE", 1)) == 1

@@ -19,7 +19,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Recorder
 from torch import Tensor, nn
 
-from .means import at_least_float32
+from .means import _reduce, at_least_float32
 
 # %% ../nbs/10d_team.ipynb #c006
 #| code-fold: true
@@ -45,23 +45,6 @@ def join_team(
         atexit.register(_leave)
     return dist.get_rank(), dist.get_world_size(), device
 
-# %% ../nbs/10d_team.ipynb #c010
-#| code-fold: true
-class _SumOverAll(torch.autograd.Function):
-    "The sum over all processes; so is its gradient."
-    @staticmethod
-    def forward(ctx, x):
-        return _summed(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _summed(grad)
-
-def _summed(x):
-    x = x.contiguous().clone()
-    dist.all_reduce(x)
-    return x
-
 # %% ../nbs/10d_team.ipynb #c012
 #| code-fold: true
 class SharedBatchNorm(nn.BatchNorm2d):
@@ -80,9 +63,9 @@ class SharedBatchNorm(nn.BatchNorm2d):
         over = [i for i in range(x.ndim) if i != 1]
         wide = [-1 if i == 1 else 1 for i in range(x.ndim)]
         count = x.new_tensor([x.numel() / channels])
-        total, n = _SumOverAll.apply(torch.cat([x.sum(over), count])).split([channels, 1])
+        total, n = _reduce(torch.cat([x.sum(over), count])).split([channels, 1])
         mean = total / n
-        var = _SumOverAll.apply((x - mean.view(wide)).square().sum(over)) / n
+        var = _reduce((x - mean.view(wide)).square().sum(over)) / n
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from .catalogue import UFM
 from .kernels import _dense_backward_seconds, _dense_bytes, proximal_problem
 from .known import get_experiment
-from .machine import take_turns
+from .machine import _cores, _synchronise, take_turns
 from .nearest import nearest_etf
 from .step import build_step
 
@@ -87,7 +87,7 @@ _METHODS = ("standard", "fixed", "nearest", "nearest, paper")
 
 def _memory_at_hand(device):
     "Bytes of memory that are free now."
-    if str(device).startswith("cuda"): return torch.cuda.mem_get_info()[0]
+    if str(device).startswith("cuda"): return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 def _dense_ms(d, C, device):
@@ -98,17 +98,16 @@ def _dense_ms(d, C, device):
 
 def _passes(training, device):
     "One training step: milliseconds of its forward and of its backward pass."
-    sync = torch.cuda.synchronize if str(device).startswith("cuda") else int
     training.model.train()
     training.head.targets = training.y
-    sync()
+    _synchronise(device)
     begin = time.perf_counter()
     loss = training.loss(training.model(training.x), training.y)
-    sync()
+    _synchronise(device)
     middle = time.perf_counter()
     training.opt.zero_grad()
     loss.backward()
-    sync()
+    _synchronise(device)
     end = time.perf_counter()
     training.opt.step()
     return 1e3 * (middle - begin), 1e3 * (end - middle)
@@ -187,7 +186,7 @@ def busy_rows(
 )->list:                           # of dicts: with_threads, what, idle_ms, busy_ms, slow_down
     "Idle, and beside as many busy processes as cores: medians over windows, with 1 and 2 threads."
     calls, rows, before = _busy_calls(device), [], torch.get_num_threads()
-    cores, seconds = len(os.sched_getaffinity(0)), .05 if quick else .5
+    cores, seconds = _cores(), .05 if quick else .5
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)

@@ -1,6 +1,6 @@
 "The commands as a shell sees them: exit status, one line of complaint, nothing half-written."
 
-import inspect, os, signal, subprocess, sys, time
+import inspect, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pandas as pd
 import pytest
@@ -50,6 +50,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path):
         (["--experiment", "ufm-10", "--delta", "0"], "delta must be positive"),
         (["--experiment", "ufm-10", "--precision", "fp8"], "bf16"),
         (["--experiment", "ufm-10", "--seed", "-1"], "seed"),
+        (["--experiment", "ufm-10", "--seed", str(2**63)], "seed must lie in 0..2^63-1"),
+        (["--experiment", "digits-net", "--tail", "nan"], "tail must be at least 1, finite"),
+        (["--experiment", "digits-net", "--tail", "inf"], "tail must be at least 1, finite"),
+        (["--experiment", "ufm-10", "--device", "mps"], "cpu, cuda or cuda:N, got 'mps'"),
+        (["--experiment", "ufm-10", "--alpha", ""], "alpha must be paper"),
+        (["--experiment", "ufm-10", "--budget", ""], "--budget takes a time"),
+        (["--experiment", "ufm-10", "--workers", "-1"], "--workers must not be negative"),
         ([], "either --experiment or --suite"),
     ],
 )
@@ -106,7 +113,11 @@ def test_killed_runs_end_in_the_same_rows(tmp_path):
     pd.testing.assert_frame_equal(whole, cut, check_exact=True)
 
 
-@pytest.mark.parametrize("suffix, text", [(".json", "{}"), (".json", "{"), (".csv", "a\n")])
+@pytest.mark.parametrize(
+    "suffix, text",
+    [(".json", "{}"), (".json", "{"), (".csv", "a\n"), (".csv", "epoch,train_loss\n1,0.5\n2,0.2"),
+     (".json", '{"experiment": {}, "format": "1"}')],
+)
 def test_damaged_result_files_are_named(suffix, text, tmp_path):
     rows = run(get_experiment("ufm-10", epochs=3), tmp_path, progress=False)
     damaged = rows.csv.with_suffix(suffix)
@@ -209,6 +220,42 @@ def test_an_interrupt_ends_a_suite_with_status_130(where, tmp_path, monkeypatch,
     rows = Rows(get_experiment("digits-net-lt", epochs=4, method="fixed"), tmp_path)
     if rows.ckpt.exists():
         assert rows.last_checkpoint()["epoch"] >= 1
+
+
+def test_a_cut_run_that_began_anew_goes_on_without_again(tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ngc_etf.step.AGD.step", interrupted)
+    with pytest.raises(SystemExit):
+        train_main(digits("--out", str(tmp_path), "--again"))
+    assert "the same command without --again goes on from the last epoch" in capsys.readouterr().err
+
+
+def test_a_run_that_another_process_has_ended_meanwhile_is_left_alone(tmp_path, monkeypatch):
+    exp = get_experiment("digits-net", epochs=1, method="fixed")
+    ended = run(exp, tmp_path / "other", progress=False, device="cpu")
+
+    def slow_look(*args):
+        shutil.copytree(tmp_path / "other", tmp_path / "here", dirs_exist_ok=True)
+
+    monkeypatch.setattr("ngc_etf.runner._warn_if_slow", slow_look)
+    rows = run(exp, tmp_path / "here", progress=False, device="cpu")
+    assert rows.csv.read_bytes() == ended.csv.read_bytes()
+
+
+def test_a_run_of_one_epoch_that_is_cut_before_its_margins_is_not_done(tmp_path, monkeypatch):
+    exp = get_experiment("digits-net", epochs=1, method="fixed")
+
+    def cut(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ngc_etf.loops.save_margins", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run(exp, tmp_path, progress=False, device="cpu")
+    rows = run(exp, tmp_path, progress=False, device="cpu")
+    assert rows.done and rows.margins.exists()
 
 
 @pytest.mark.slow
@@ -346,9 +393,12 @@ def test_a_budget_stops_in_time_and_the_next_call_goes_on(tmp_path, capsys):
         (["--experiment", "ufm-10", "--budget", "soon"], "such as 8m, 90s or 1h30m, got 'soon'"),
         (["--experiment", "ufm-10", "--jobs", "2"], "--jobs N, at least 1, goes with --suite"),
         (["--suite", "demo", "--jobs", "0"], "--jobs N, at least 1"),
+        (["--suite", "demo", "--jobs", "2", "--cluster", "slurm"], "--budget and --jobs do not go with"),
+        (["--experiment", "ufm-10", "--budget", "8m", "--cluster", "local"], "give timeout_min to"),
+        (["--experiment", "ufm-10", "--cluster-options", "gpus_per_node=1"], "goes with --cluster"),
     ],
 )
-def test_budget_and_jobs_are_checked(argv, says, tmp_path):
+def test_what_does_not_go_together_is_refused(argv, says, tmp_path):
     with pytest.raises(SystemExit) as e:
         train_main([*argv, "--out", str(tmp_path)])
     assert says in str(e.value.code)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -11,8 +12,10 @@ import torch
 
 from ngc_etf import cost, kernels, memory, overhead, timings
 from ngc_etf.cost import cost_main
+from ngc_etf.estimates import PeakMemory
 from ngc_etf.figures import step_times
 from ngc_etf.kernels import _dense_bytes, _exponent, peak_bytes, scaling_rows
+from ngc_etf.machine import take_turns
 from ngc_etf.memory import memory_rows
 from ngc_etf.tables import _read_cost, memory_table
 from ngc_etf.timings import _neighbours, busy_rows, methods_rows
@@ -101,6 +104,28 @@ def test_peak_bytes_counts_what_lives_at_once():
     x = torch.zeros(1000, 100)
     assert peak_bytes(lambda: x + 1) == pytest.approx(x.nbytes, rel=0.01)
     assert peak_bytes(lambda: (x + 1) * (x + 2)) == pytest.approx(3 * x.nbytes, rel=0.01)
+
+
+def test_a_gpu_is_timed_and_measured_by_its_own_name(monkeypatch):
+    "And not the first one, which is what torch means where nothing is named."
+    named = []
+    values = {"synchronize": None, "reset_peak_memory_stats": None, "memory_allocated": 0}
+    for name, value in {**values, "max_memory_allocated": 2**30, "mem_get_info": (5, 9)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device=None, value=value: named.append(device) or value)
+    take_turns({"nothing": int}, 2, "cuda:1")
+    with PeakMemory("cuda:1") as peak:
+        pass
+    assert peak.gigabytes == 1 and peak_bytes(int, "cuda:1") == 2**30
+    assert timings._memory_at_hand("cuda:1") == 5
+    assert len(named) == 10 and {*named} == {"cuda:1"}
+
+
+def test_a_kernel_without_a_highest_memory(monkeypatch):
+    "Sandboxes leave the line out; the peak of the whole process stands in."
+    monkeypatch.setattr(Path, "read_text", lambda *a, **kw: "Name: python")
+    with PeakMemory("cpu") as peak:
+        pass
+    assert peak.gigabytes > 0
 
 
 def test_methods_of_a_cell_step_by_step(monkeypatch):

@@ -285,6 +285,7 @@ def test_check_against_a_suite(tmp_path, monkeypatch):
     message = fails("--rows", tmp_path, "--check", "--suite", "small")
     assert message.startswith("ngc_report: 2 complaint") and "nearest-s1" in message
     assert "suite must be one of" in fails("--rows", tmp_path, "--check", "--suite", "none")
+    assert "--seeds N, at least 1, goes with --suite" in fails("--rows", tmp_path, "--check", "--seeds", "2")
 
 
 def test_runs_that_do_not_belong_together(tmp_path):
@@ -298,7 +299,7 @@ def test_runs_that_do_not_belong_together(tmp_path):
 def test_tables_are_well_formed(tmp_path):
     store(tmp_path, get_experiment("stl10-vgg13", method="standard", epochs=50))
     files = write_tables(tmp_path / "tables", read_evidence(tmp_path))
-    names = ("claims", "table1", "table2", "leaders", "table3", "coverage")
+    names = ("claims", "table1", "table2", "leaders", "table3", "figures", "coverage")
     assert sorted(f.name for f in files) == sorted(f"{n}.{e}" for n in names for e in ("md", "tex", "html"))
     for f in files:
         text = f.read_text()
@@ -613,7 +614,8 @@ def test_cost_rows_are_read_beside_the_others(tmp_path):
     cost = tmp_path / "cost"
     cost.mkdir()
     times = {"standard": 2.0, "nearest": 2.02, "nearest, paper": 2.1}
-    frame = pd.DataFrame([{"method": m, "step": k, "forward_ms": t} for m, t in times.items() for k in range(1, 7)])
+    lines = [{"method": m, "step": k, "forward_ms": t} for m, t in times.items() for k in range(1, 7)]
+    frame = pd.DataFrame(lines)
     frame.loc[frame.step == 1, "forward_ms"] = 50.0  # the first steps do not count
     frame = frame.assign(cell="digits-net", backward_ms=4.0)
     frame.to_csv(cost / "methods-some-machine.csv", index=False)

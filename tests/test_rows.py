@@ -133,6 +133,39 @@ def test_a_lock_says_who_holds_it(tmp_path):
     assert not first.lock.exists()
 
 
+def test_a_description_of_wrong_types_is_named(tmp_path):
+    rows = Rows(Experiment("x", "digits", "digits", epochs=1), tmp_path)
+    rows.append(1, train_loss=0.5)
+    rows.C = 10
+    rows.save()
+    about = json.loads(rows.json.read_text())
+    for change in ({"format": "1"}, {"C": None}, {"experiment": about["experiment"] | {"epochs": "2"}}):
+        rows.json.write_text(json.dumps(about | change))
+        assert any(str(rows.csv.with_suffix("")) in line for line in check_rows(tmp_path))
+
+
+def test_other_sources_and_threads_are_told(tmp_path, monkeypatch):
+    "A run that goes on elsewhere keeps both environments, and warns where the program has changed."
+    exp = Experiment("x", "digits", "digits", epochs=3)
+    first = Rows(exp, tmp_path)
+    first.append(1, train_loss=0.5)
+    first.save()
+    first.checkpoint(epoch=1)
+    now = rows_module.environment()
+    monkeypatch.setattr(rows_module, "environment", lambda: now | {"sources": "other", "threads": 77})
+    second = Rows(exp, tmp_path)
+    second.resume()
+    second.append(2, train_loss=0.4)
+    with pytest.warns(UserWarning, match="epochs 1 to 1 were made by other sources"):
+        second.save()
+    second.append(3, train_loss=0.3)
+    second.save()
+    about = json.loads(second.json.read_text())
+    assert about["environment"]["threads"] == 77
+    assert [e["until"] for e in about["earlier"]] == [1]
+    assert about["earlier"][0]["environment"]["sources"] == now["sources"]
+
+
 def test_a_checkpoint_of_other_data_is_refused(tmp_path):
     rows = Rows(get_experiment("digits-net"), tmp_path)
     rows.data = {"C": 10, "hash": "a"}

@@ -79,6 +79,16 @@ def test_a_run_speaks_of_nobodys_future(tmp_path):
     assert said == "" and "torch" in found
 
 
+@pytest.mark.parametrize("cores", [3, None])
+def test_cores_are_counted_on_any_system(cores, monkeypatch):
+    "macOS does not say which of them a process may use, and some systems do not count them at all."
+    from ngc_etf import machine
+
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert machine._cores() == (cores or 1)
+
+
 @pytest.mark.parametrize("idle, passive", [(0.1, True), (0.9, False), (None, False)])
 def test_threads_sleep_while_they_wait_on_a_busy_machine(idle, passive, monkeypatch):
     "Only there, only before torch is imported, and never against what the user has set."
