@@ -168,4 +168,5 @@ def forecast(
         total += (1 - _share(exp, out)) * _whole_run(exp, _sizes(exp, root), *each)
     if left_out == len(cells): return "no estimate in two seconds; --dry-run takes the time for one"
     without = f"; {left_out} of {len(cells)} cells are not in it, --dry-run times them" if left_out else ""
-    return f"about {_in_words(total)} on this machine, from a few steps of each kind of cell{without}"
+    about = f"about {_in_words(total)} on this machine if nothing else runs on it"
+    return f"{about}, from a few steps of each kind of cell{without}"
