@@ -148,8 +148,8 @@ def _check_together(exp):
     if not named and (isinstance(exp.alpha, (str, bool)) or not 0 < exp.alpha <= 1):
         raise ValueError(f"alpha must be paper, cumulative, or a number in (0, 1], got {exp.alpha!r}")
     if exp.tail < 1 or (exp.tail > 1 and not _in_memory(exp.data)):
-        raise ValueError(f"tail must be at least 1, and 1 unless the data is one of {', '.join(DATASETS)}; "
-                         f"got {exp.tail} with {exp.data}")
+        raise ValueError("tail must be at least 1, and 1 unless the data is one of "
+                         f"{', '.join(DATASETS)}, clusters-C-NOISE; got {exp.tail} with {exp.data}")
     if exp.schedule != "none" and exp.optimizer == "agd":
         raise ValueError("schedule must be none with optimizer agd, which has no learning rate, "
                          f"got {exp.schedule!r}")
