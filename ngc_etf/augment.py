@@ -71,12 +71,18 @@ class Augment:
         if pad < 0 or rotate < 0:
             raise ValueError(f"pad and rotate must not be negative, got pad={pad}, rotate={rotate}")
         self.mean, self.std, self.pad, self.flip, self.rotate = tuple(mean), tuple(std), pad, flip, rotate
+        if len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
+            raise ValueError("mean and std need a number a channel each, those of std above 0; "
+                             f"got mean={self.mean}, std={self.std}")
 
     def __call__(self,
         x:Tensor,                             # (N, ch, H, W) uint8
         generator:torch.Generator|None=None,  # the global one when None
         share:tuple|None=None,                # (rank, world_size, whole): x is its share of so many images
     )->Tensor:
+        if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != len(self.mean):
+            raise ValueError(f"x must be uint8 images (N, ch, H, W) with ch={len(self.mean)} channels, "
+                             f"as many as mean has, got {x.dtype} {tuple(x.shape)}")
         draw = lambda: _uniform(x, generator, share)
         if self.pad or self.flip:
             x = _window(x, self.pad, draw, self.flip)

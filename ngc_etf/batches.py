@@ -51,6 +51,10 @@ def _checked_labels(
     need = batch_size * world_size if drop_last else world_size
     enough = f"{'one batch of' if drop_last else 'one each of'} {need}"
     if len(y) < need: raise ValueError(f"{len(y)} samples are too few for {enough}")
+    smallest = len(y) // -(-len(y) // (batch_size * world_size))  # of all ranks together
+    if smallest < world_size and not drop_last:
+        raise ValueError(f"batch_size={batch_size} deals {len(y)} samples in batches of {smallest}: "
+                         f"some of world_size={world_size} ranks get none, take a larger batch_size")
     return y
 
 # %% ../nbs/08b_batches.ipynb #c012
@@ -117,52 +121,24 @@ class StratifiedBatchSampler(Sampler):
         self.epoch, self.batch, self._start = state["epoch"], state["batch"], state["batch"]
 
 # %% ../nbs/08b_batches.ipynb #c022
-class _Shares(DataLoader):
-    "Who gets which indices: this rank's share of each batch; what is random is in `state_dict`."
-    def __init__(self, N, batch_size, sampler, augment, seed, device, rank, world_size, **kwargs):
-        super().__init__(dataset=range(N), bs=batch_size, n=N, device=device, **kwargs)
-        self.sampler, self.augment = sampler, augment
-        self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
-        self.rank, self.world_size = rank, world_size
-        self.whole = 0  # samples in the batch at hand, all ranks together
-
-    def __len__(self)->int:
-        return len(self.sampler) if self.sampler is not None else -(-self.n // self.bs)
-
-    def sample(self)->Iterator:
-        "Lists of this rank's indices from the sampler, or slices of everybody's."
-        if self.sampler is not None: return iter(self.sampler)
-        return (slice(i, min(i + self.bs, self.n)) for i in range(0, self.n, self.bs))
-
-    def _shares(self, samples):
-        "This rank's indices of each batch, and the size of the whole batch."
-        for idx in samples:
-            if not isinstance(idx, slice):
-                yield idx, getattr(self.sampler, "whole", len(idx))
-            elif idx.start + self.rank < idx.stop:
-                yield slice(idx.start + self.rank, idx.stop, self.world_size), idx.stop - idx.start
-
-    def _augment(self, x):
-        "The batch at hand, augmented where there is an augmentation."
-        if self.augment is None: return x
-        share = ((self.rank, self.world_size, self.whole),) if self.world_size > 1 else ()
-        return self.augment(x, self.generator, *share)
-
-    def state_dict(self)->dict:
-        "What is random: the sampler's position and the augmentation's generator."
-        sampler = self.sampler.state_dict() if self.sampler is not None else None
-        return {"sampler": sampler, "generator": self.generator.get_state()}
-
-    def load_state_dict(self,
-        state:dict,  # of `state_dict`
-    )->None:
-        "Continue as the saved loader would."
-        if self.sampler is not None:
-            self.sampler.load_state_dict(state["sampler"])
-        self.generator.set_state(state["generator"].cpu())
+def _shares(
+    sampler:Iterable|None, # yields lists of this rank's indices; None walks in order
+    N:int,                 # number of samples
+    batch_size:int,        # of the walk, all ranks together
+    rank:int,              # this process
+    world_size:int,        # number of processes
+)->Iterator[tuple]:
+    "This rank's indices of each batch, a list or a slice, and the size of the whole batch."
+    if sampler is not None:
+        for idx in sampler:
+            yield idx, getattr(sampler, "whole", len(idx))
+        return
+    for start in range(rank, N, batch_size):
+        stop = min(start - rank + batch_size, N)
+        yield slice(start, stop, world_size), stop - start + rank
 
 # %% ../nbs/08b_batches.ipynb #c024
-class BatchLoader(_Shares):
+class BatchLoader(DataLoader):
     "A fastai DataLoader of whole batches (x, y) from tensors on the device; in order, or as a sampler deals."
     def __init__(self,
         x:Tensor,                       # (N, ch, H, W) uint8, or (N, k) float32
@@ -176,28 +152,48 @@ class BatchLoader(_Shares):
         world_size:int=1,               # number of processes
         **kwargs:Any,                   # hooks of fastai's DataLoader
     ):
-        super().__init__(len(y), batch_size, sampler, augment, seed, device, rank, world_size, **kwargs)
-        self.x, self.y = x.to(device), y.to(device)
+        if len(x) != len(y): raise ValueError(f"x and y differ: {len(x)} samples, {len(y)} labels")
+        if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got batch_size={batch_size}")
+        super().__init__(dataset=range(len(y)), bs=batch_size, n=len(y), device=device, **kwargs)
+        self.x, self.y, self.sampler, self.augment = x.to(device), y.to(device), sampler, augment
+        self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
+        self.rank, self.world_size = rank, world_size
+        self.whole = 0  # samples in the batch at hand, all ranks together
 
-    def create_batches(self,
-        samples:Iterable,  # of `sample`
-    )->Iterator[tuple]:
-        "One indexing and one augmentation a batch."
-        for idx, self.whole in self._shares(samples):
+    def __len__(self)->int:
+        return len(self.sampler) if self.sampler is not None else -(-self.n // self.bs)
+
+    def sample(self)->Iterator:
+        return _shares(self.sampler, self.n, self.bs, self.rank, self.world_size)
+
+    def create_batches(self, samples:Iterable)->Iterator[tuple]:
+        "One indexing and one augmentation for each of `sample`'s."
+        for idx, self.whole in samples:
             if not isinstance(idx, slice):
                 idx = torch.tensor(idx).to(self.x.device, non_blocking=True)
             yield self._augment(self.x[idx]), self.y[idx]
 
-    def to(self,
-        device:str|torch.device,  # new home of the data
-    )->None:
-        "Move the data."
+    def _augment(self, x):
+        if self.augment is None: return x
+        share = ((self.rank, self.world_size, self.whole),) if self.world_size > 1 else ()
+        return self.augment(x, self.generator, *share)
+
+    def to(self, device:str|torch.device)->None:
         super().to(device)
         self.x, self.y = self.x.to(device), self.y.to(device)
 
     def new(self, dataset:object=None, cls:object=None, **kwargs:Any)->"BatchLoader":
-        "The same data in order, for `Learner.get_preds`."
         return BatchLoader(self.x, self.y, self.bs, augment=self.augment, seed=self.seed, device=self.device)
+
+    def state_dict(self)->dict:
+        sampler = self.sampler.state_dict() if self.sampler is not None else None
+        return {"sampler": sampler, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state:dict)->None:
+        "Continue as the loader would whose state it is."
+        if self.sampler is not None:
+            self.sampler.load_state_dict(state["sampler"])
+        self.generator.set_state(state["generator"].cpu())
 
 # %% ../nbs/08b_batches.ipynb #c026
 def loaders(

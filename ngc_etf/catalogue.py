@@ -33,6 +33,7 @@ class DataSpec:
     pad:int = 0               # the crop's padding
     flip:bool = False         # whether training mirrors images
     noise:float = 0.          # standard deviation within a class, for clusters
+    smallest:int = 0          # samples of the smallest class in training; an equal share when 0
 
 # %% ../nbs/07a_catalogue.ipynb #c011
 _C10 = tuple(f"data_batch_{i}" for i in range(1, 6))
@@ -40,7 +41,7 @@ _STL = ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin")
 _IDX = tuple(f"{s}-{k}" for s in ("train", "t10k") for k in ("images-idx3-ubyte", "labels-idx1-ubyte"))
 
 DATASETS = {
-    "digits": DataSpec(10, (1437, 360, 1, 8)),
+    "digits": DataSpec(10, (1437, 360, 1, 8), smallest=139),
     "cifar10": DataSpec(
         10, (50_000, 10_000, 3, 32),
         folder="cifar-10-batches-py", files=(*_C10, "test_batch"), source="CIFAR10",

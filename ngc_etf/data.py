@@ -211,7 +211,7 @@ def long_tail(
     C = len(counts)
     if kind not in ("exponential", "step"):
         raise ValueError(f"kind must be 'exponential' or 'step', got kind={kind!r}")
-    if factor < 1 or C < 2 or counts.min() < 1:
+    if not factor >= 1 or C < 2 or counts.min() < 1:
         raise ValueError("long_tail needs factor >= 1 and at least 2 classes, each with a sample; "
                          f"got factor={factor}, counts {counts.tolist()}")
     c = torch.arange(C)

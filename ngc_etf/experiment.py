@@ -158,7 +158,7 @@ def _check_together(exp):
         raise ValueError(f"alpha must be paper, cumulative, or a number in (0, 1], got {exp.alpha!r}")
     if not 1 <= exp.tail < float("inf") or (exp.tail > 1 and not _in_memory(exp.data)):
         raise ValueError("tail must be at least 1, finite, and 1 unless the data is one of "
-                         f"{', '.join(DATASETS)}; got {exp.tail} with {exp.data}")
+                         f"{', '.join(DATASETS)}, clusters-C-NOISE; got {exp.tail} with {exp.data}")
     if exp.schedule != "none" and exp.optimizer == "agd":
         raise ValueError("schedule must be none with optimizer agd, which has no learning rate, "
                          f"got {exp.schedule!r}")

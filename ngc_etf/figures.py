@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from .catalogue import UFM
-from .plots import _LEVEL, _LOG, _WORDS, _line, _scales, line_style
+from .plots import _LEVEL, _LOG, _WORDS, _line, _set_scales, line_style
 
 # %% ../nbs/12_figures.ipynb #c004
 if TYPE_CHECKING:  # a type's name need not load its library
@@ -59,7 +59,7 @@ def curve(
     elif level is not None:
         ax.axhline(level, label="at collapse", **_LEVEL)
     last = shown.epoch.max() if x == "epoch" and not shown.empty else 0
-    _scales(ax, y in _LOG and not shown.empty, last)
+    _set_scales(ax, y in _LOG and not shown.empty, last)
     _letters(ax, xlabel=_WORDS.get(x, x), ylabel=_WORDS.get(y, y))
     return ax
 

@@ -24,32 +24,38 @@ def _loss_at(margin, C):
 
 # %% ../nbs/06a_floor.ipynb #c008
 def _tail_value(h, shares):
-    "f at class features h (C, C) under the canonical W, and its gradient, row k over the share of class k."
+    "f at class features h (C, C) under the canonical W, and its gradient over f, row k over class k's share."
     C = len(h)
     scale = (C / (C-1))**.5
     z = scale * (h - shares @ h)
-    z = z - z.max(1, keepdims=True)
-    total = np.exp(z).sum(1, keepdims=True)
-    loss = shares @ (np.log(total)[:, 0] - np.diag(z))
-    r = np.exp(z) / total - np.eye(C)
-    r = r - shares @ r
-    return loss, scale * (r - r.mean(1, keepdims=True))
+    z = z - np.diag(z)[:, None]         # by how much each other logit exceeds the own
+    top = z.max(1, keepdims=True)       # 0 where the own is the largest
+    p = np.exp(z - top)
+    np.fill_diagonal(p, 0)
+    others = p.sum(1, keepdims=True)
+    rest = others + np.expm1(-top)
+    loss = shares @ (top + np.log1p(rest))[:, 0]
+    r = (p - np.diag(others[:, 0])) / (1 + rest)
+    return loss, scale * (r - shares @ r) / max(loss, 1e-300)
 
+# %% ../nbs/06a_floor.ipynb #c010
 def _tail_floor(shares, tau, relu, rtol=1e-9, steps=10_000):
     "The minimum of f to a relative error that Frank and Wolfe's gap certifies."
     part = (lambda a: np.maximum(a, 0)) if relu else (lambda a: a)
     length = lambda a: np.linalg.norm(a, axis=1, keepdims=True)
-    h, size = tau * np.eye(len(shares)), 1.
+    h = tau * np.eye(len(shares))
     loss, g = _tail_value(h, shares)
+    size, rounding = 1., 1e-15 * (1+tau)
     for _ in range(steps):
         gap = shares @ ((g * h).sum(1) + tau * length(part(-g))[:, 0])
-        if gap <= rtol * loss: return float(loss)
+        if gap <= rtol: return float(loss)
         while True:  # a step that the quadratic bound allows, shorter until it does
             new = part(h - size*g)
             new = new * np.minimum(1, tau / np.maximum(length(new), 1e-300))
             new_loss, new_g = _tail_value(new, shares)
             move = new - h
-            if new_loss <= loss + shares @ (g*move + move**2 / (2*size)).sum(1) + 1e-15: break
+            slope = shares @ (g*move + move**2 / (2*size)).sum(1)
+            if new_loss <= loss * (1 + slope + rounding): break
             size /= 2
         h, loss, g, size = new, new_loss, new_g, 1.5*size
     raise RuntimeError(f"the floor of {len(shares)} classes was not found in {steps} steps: gap {gap:.1e}")
@@ -61,7 +67,7 @@ def _shares(counts, C):
         raise ValueError(f"counts must hold {C} positive numbers, got {counts}")
     return n / n.sum()
 
-# %% ../nbs/06a_floor.ipynb #c009
+# %% ../nbs/06a_floor.ipynb #c011
 def cross_entropy_floor(
     C:int,                     # number of classes, at least 2
     tau:float=5.,              # norm of the features
@@ -73,7 +79,18 @@ def cross_entropy_floor(
     shares = _shares([1]*C if counts is None else counts, C)
     return _loss_at(margin, C) if np.ptp(shares) == 0 else _tail_floor(shares, tau, relu)
 
-# %% ../nbs/06a_floor.ipynb #c013
+# %% ../nbs/06a_floor.ipynb #c015
+def _best_margins(target, shares):
+    "Lagrange's margins (C,) for the shares of the classes, of this sum."
+    from scipy.optimize import brentq
+    C, excess = len(shares), np.log(shares / shares.min())
+    log_excess = np.log(excess, out=np.full(C, -np.inf), where=excess > 0)
+    def margins(t):
+        x = np.maximum(excess + np.exp(t), 1e-300)
+        return np.log(C-1) + np.where(x < 1e-8, np.logaddexp(log_excess, t), x + np.log(-np.expm1(-x)))
+    low, high = -C * (np.log(C) + excess.max() + 1), np.log(2*target + 10)  # too small a sum, too large a sum
+    return margins(brentq(lambda t: margins(t).sum() - target, low, high, xtol=1e-12))
+
 def cross_entropy_bound(
     C:int,                     # number of classes, at least 2
     tau:float=5.,              # norm of the features
@@ -83,9 +100,4 @@ def cross_entropy_bound(
     "What no unit-row classifier with any bias, learned or not, gets below; if balanced, the floor."
     target = C * _largest_margin(C, tau, relu)
     shares = _shares([1]*C if counts is None else counts, C)
-    margins = lambda log_p: np.log(C-1) + np.log(np.expm1(np.log(shares / shares.min()) + log_p))
-    low, high = 1e-12, 2 * target + 10  # between them lies -log(λ / smallest share)
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if margins(middle).sum() < target else (low, middle)
-    return float(sum(p * _loss_at(m, C) for p, m in zip(shares, margins(high))))
+    return float(shares @ np.logaddexp(0, np.log(C-1) - _best_margins(target, shares)))

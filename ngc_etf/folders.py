@@ -6,6 +6,7 @@
 __all__ = ['FolderData', 'folder_data', 'FolderLoader', 'folder_loaders']
 
 # %% ../nbs/08d_folders.ipynb #c003
+import copy
 import hashlib
 import os
 from collections import deque
@@ -20,7 +21,7 @@ from fastai.data.core import DataLoaders
 from torch import Tensor
 
 from .augment import Augment
-from .batches import BatchLoader, StratifiedBatchSampler
+from .batches import BatchLoader, StratifiedBatchSampler, _shares
 from .pictures import _cut, _resize, read_image
 
 # %% ../nbs/08d_folders.ipynb #c006
@@ -150,31 +151,45 @@ class FolderLoader(BatchLoader):
         **kwargs:Any,      # as in `BatchLoader`
     ):
         self.images, self.crop, self.workers = images, crop, workers
+        self._places = self._begin = None  # the windows' generator after the batch at hand; where to begin
         super().__init__(torch.empty(len(images), 0), torch.tensor(images.targets), batch_size, **kwargs)
 
-    def _requests(self, samples, wholes):
-        "What the workers are to decode, batch by batch; `wholes` gets the size of each whole batch."
-        seed = int(torch.randint(2**62, (), generator=self.generator))
-        g = torch.Generator().manual_seed(seed)
-        for idx, whole in self._shares(samples):
-            wholes.append(whole)
-            places = torch.rand(whole, 2, generator=g)[self.rank::self.world_size].tolist()
+    def _requests(self, samples, begin, places):
+        "What the workers are to decode, batch by batch; `places` gets the windows' generator after each."
+        g = torch.Generator()
+        if begin is None:
+            g.manual_seed(int(torch.randint(2**62, (), generator=self.generator)))
+        else:
+            g.set_state(begin)
+        for idx, whole in samples:
+            rows = torch.rand(whole, 2, generator=g)[self.rank::self.world_size].tolist()
+            places.append(g.get_state())
             items = range(len(self.y))[idx] if isinstance(idx, slice) else idx
-            yield [(i, *place) for i, place in zip(items, places)] if self.crop else list(items)
+            yield [(i, *place) for i, place in zip(items, rows)] if self.crop else list(items)
 
-    def create_batches(self,
-        samples:Iterable,  # of `sample`
-    )->Iterator[tuple]:
+    def create_batches(self, samples:Iterable)->Iterator[tuple]:
         "Decode in the workers, in order; augment here."
-        wholes:deque[int] = deque()
+        places:deque[Tensor] = deque()
+        begin, self._begin = self._begin, None
+        ahead = _shares(copy.copy(self.sampler), self.n, self.bs, self.rank, self.world_size)
         dl = torch.utils.data.DataLoader(
-            self.images, batch_sampler=self._requests(samples, wholes), num_workers=self.workers,
+            self.images, batch_sampler=self._requests(ahead, begin, places), num_workers=self.workers,
             pin_memory=self.device.type == "cuda")
         with torch.random.fork_rng(devices=[]):  # it draws a seed for its workers, who have no use for it
             batches = iter(dl)
-        for x, y in batches:
-            self.whole = wholes.popleft()
+        for (x, y), (_, self.whole) in zip(batches, samples):
+            self._places = places.popleft()
             yield self._augment(self._send(x)), self._send(y)
+
+    def state_dict(self)->dict:
+        "What is random, after the batches delivered; in mid-epoch the windows' generator as well."
+        state = super().state_dict()
+        within = state["sampler"] and state["sampler"].get("batch")
+        return state | ({"places": self._places} if within else {})
+
+    def load_state_dict(self, state:dict)->None:
+        super().load_state_dict(state)
+        self._places = self._begin = state.get("places")
 
     def _send(self, v:Tensor)->Tensor:
         return v.to(self.device, non_blocking=True)

@@ -46,9 +46,9 @@ def _column_loss(z, y, contrast):
     counts = z.new_zeros(z.shape[1]).index_add(0, y, z.new_ones(len(y)))
     sums, counts = _all_sum(torch.stack([exps, mine], 1), counts)
     exps, mine = sums.unbind(1)
-    some = exps > 0  # a column without any contrast counts as 0
+    some = exps != 0  # a column without any contrast counts as 0; nan is not 0
     L = m + torch.where(some, exps, 1.).log()
-    return torch.where(some, counts * L - mine, 0.).sum() / counts.sum()
+    return torch.where(some, counts * L - mine, 0 * mine).sum() / counts.sum()
 
 def ntce(
     z:Tensor, # (N, C) logits

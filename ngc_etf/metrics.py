@@ -54,7 +54,7 @@ def _batch(
     return h, y.to(h.device)
 
 # %% ../nbs/06_metrics.ipynb #c013
-def _class_means(h, y, C):
+def _batch_means(h, y, C):
     "Class means (C, d), 0 where a class is absent, and counts (C,)."
     n = torch.bincount(y, minlength=C).to(h.dtype)
     ref = h.mean(0)
@@ -63,12 +63,14 @@ def _class_means(h, y, C):
     return means * (n > 0)[:, None], n
 
 # %% ../nbs/06_metrics.ipynb #c016
-def _dual(H_bar, size, eps, rtol=None):
-    "T (d, r) with TT' = (H̄H̄')†; None where the means coincide to rounding (`size`: mean |h|²)."
+def _dual(H_bar, size, eps, rtol=None, null=0):
+    "T (d, r), r <= C - null, TT' = (H̄H̄')†; None where the means coincide to rounding (`size`: mean |h|²)."
     lam, V = eigh(H_bar.mT @ H_bar)
     if lam[-1] <= (8 * eps)**2 * size: return None
     rtol = max(H_bar.shape) * torch.finfo(torch.float64).eps if rtol is None else rtol
-    return H_bar @ (V / lam)[:, lam > rtol * lam[-1]]
+    keep = lam > rtol * lam[-1]
+    keep[:null] = False  # eigenvalues come in ascending order
+    return H_bar @ (V / lam)[:, keep]
 
 def _no_means(within, size, eps):
     "NC1 where the class means coincide: inf, or nan where the samples do as well."
@@ -82,7 +84,7 @@ def nc1(
 )->Tensor:                # scalar in [0, inf]; 0 at collapse
     "Eq. 11, tr(Σ_W Σ_B†)/C, without a d x d matrix; inf where class means coincide, nan if nothing varies."
     h, y = _batch(h, y, C)
-    means, n = _class_means(h, y, C)
+    means, n = _batch_means(h, y, C)
     r = h - means[y]
     size, eps = h.square().sum(1).mean(), torch.finfo(h.dtype).eps
     T = _dual(_centre(means, n)[0], size, eps, rtol)
@@ -120,18 +122,17 @@ def nc4(
     means:Tensor|None=None, # (C, d) class means, not centred; those of h when None
 )->Tensor:                  # scalar in [0, 1]; 0 at collapse
     "Eq. 14 as a number: the fraction of samples on which classifier and nearest class mean disagree."
-    C = len(_matrix(W, "W", None, None))
-    h, y = _batch(h, y, C)
-    W, b = _rows(W, b, C, h.shape[1])
-    own, n = _class_means(h, y, C)
+    W, b = _checked_classifier(W, b)
+    h, y = _batch(h, y, *W.shape)
+    own, n = _batch_means(h, y, len(W))
     if means is not None:
-        own, n = _matrix(means, "means", C, h.shape[1]), torch.ones_like(n)
+        own, n = _matrix(means, "means", *W.shape), torch.ones_like(n)
     return _disagree(h, own, n > 0, W, b).to(h.dtype).mean()
 
-def _rows(W, b, C, d):
-    "A classifier's rows (C, d) and bias (C,), zero when None."
+def _checked_classifier(W, b, C=None, d=None):
+    "A classifier's rows (C, d) and bias (C,), zero when None; any C and d when None."
     W = _matrix(W, "W", C, d)
-    return W, W.new_zeros(C) if b is None else _matrix(b, "b", C)
+    return W, W.new_zeros(len(W)) if b is None else _matrix(b, "b", len(W))
 
 def _disagree(h, means, present, W, b):
     "Per sample: is the class of the largest logit another than that of the nearest mean?"
@@ -164,9 +165,8 @@ def cosine_margins(
     h_G:Tensor|None=None, # (d,) global mean; that of h when None
 )->Tensor:                # (N,), each in [-2, 2]; C/(C-1) at collapse
     "Eq. 16 for each sample: centred cosine to the own class's row minus the largest to another's."
-    C = len(_matrix(W, "W", None, None))
-    h, y = _batch(h, y, C)
-    W = _matrix(W, "W", C, h.shape[1])
+    W = _matrix(W, "W", None, None)
+    h, y = _batch(h, y, *W.shape)
     h_G = h.mean(0) if h_G is None else _matrix(h_G, "h_G", h.shape[1])
     return _margins(h - h_G, y, W - W.mean(0))
 
@@ -183,9 +183,9 @@ def cdnv(
     y:Tensor, # (N,) labels
     C:int,    # number of classes
 )->Tensor:    # scalar in [0, inf]; 0 at collapse
-    "Class-distance normalised variance, averaged over the pairs of classes present."
+    "(v_i + v_j) / (2|m_i - m_j|²), averaged over the pairs of classes present (Galanti et al. 2022)."
     h, y = _batch(h, y, C)
-    means, n = _class_means(h, y, C)
+    means, n = _batch_means(h, y, C)
     return _cdnv(means, h.new_zeros(C).index_add(0, y, (h - means[y]).square().sum(1)), n)
 
 def _cdnv(means, spread, n):

@@ -10,7 +10,7 @@ import torch
 
 from .means import _centre
 from .metrics import (
-    _cdnv, _dual, _no_means, _rows, equinorm_gap, nc2, nc3, numerical_rank, pair_cosines)
+    _cdnv, _checked_classifier, _dual, _no_means, equinorm_gap, nc2, nc3, numerical_rank, pair_cosines)
 
 # %% ../nbs/06b_moments.ipynb #c008
 _MOMENTS = ("count", "mean", "spread", "scatter")
@@ -61,7 +61,7 @@ def _from_moments(n, means, spread, S, eps):
 def _with_classifier(W, b, H_bar, h_G):
     "The metrics that need a classifier as well."
     d, C = H_bar.shape
-    W, b = (t.to(H_bar.device) for t in _rows(W, b, C, d))
+    W, b = (t.to(H_bar.device) for t in _checked_classifier(W, b, C, d))
     cos, std = pair_cosines(W.mT)
     out = {"nc2": nc2(W), "nc3": nc3(W, H_bar), "equinorm": equinorm_gap(W, H_bar)}
     out |= {"bias_gap": (W @ h_G + b).norm(), "rank_weights": numerical_rank(W)}

@@ -11,7 +11,7 @@ import json
 import numpy as np
 import pandas as pd
 
-from .catalogue import DATASETS, UFM
+from .catalogue import UFM, find_data
 from .known import EXPERIMENTS
 from .reading import _KEY
 from .tables import _FREE, Cell, _base, _deviations, _stems
@@ -23,7 +23,8 @@ _RELU = ("resnet", "vgg", "digits", "mlp")  # bodies whose features are never ne
 def _counts(exp, C):
     "Class counts of a long-tailed training set as `ngc_etf.long_tail` cuts it; None where balanced."
     if exp.get("tail", 1) == 1: return None
-    largest = DATASETS[exp["data"]].shape[0] // C
+    spec = find_data(exp["data"])
+    largest = spec.smallest or spec.shape[0] // C  # a tail is cut from the smallest class
     return [max(1, round(largest * exp["tail"]**(-c/(C-1)))) for c in range(C)]
 
 def floor_of(

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-# %% ../nbs/06e_plots.ipynb #c003t
+# %% ../nbs/06e_plots.ipynb #c004
 if TYPE_CHECKING:  # a type's name need not load its library
     import pandas as pd
     from matplotlib.axes import Axes
     from torch import Tensor
 
-# %% ../nbs/06e_plots.ipynb #c006
+# %% ../nbs/06e_plots.ipynb #c007
 _LOOKS = {  # Okabe and Ito's colours, and dashes in units of the line's width
     "standard":         ("#000000", (0, (5, 1.5))),
     "standard-no-norm": ("#009E73", (0, (5, 1.5, 1, 1.5))),
@@ -35,7 +35,7 @@ def line_style(
     colour, dashes = _LOOKS.get(method, ("#777777", (0, (2, 2))))
     return {"color": colour, "linestyle": dashes, "linewidth": 2. if method == "nearest" else 1.5}
 
-# %% ../nbs/06e_plots.ipynb #c010
+# %% ../nbs/06e_plots.ipynb #c011
 _LOG = ("loss", "train_loss", "test_loss", "nc1", "nc2", "nc3", "equinorm", "cdnv", "bias_gap", "forward_ms")
 _WORDS = {
     "loss": "cross-entropy", "train_loss": "cross-entropy", "test_loss": "test cross-entropy",
@@ -53,8 +53,8 @@ def _line(ax, rows, x, y, **look):
     if by.size().max() > 1:
         ax.fill_between(by.min().index, by.min(), by.max(), color=line.get_color(), alpha=.2, linewidth=0)
 
-# %% ../nbs/06e_plots.ipynb #c012
-def _scales(ax, log, last=0):
+# %% ../nbs/06e_plots.ipynb #c013
+def _set_scales(ax, log, last=0):
     "Logarithms upwards on demand, and along where the last epoch is a large number; whole numbers along."
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
     ax.xaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
@@ -92,7 +92,7 @@ def _own_axes(ax, names=("",)):
         raise ValueError(f"ax must be {what}, got {type(ax).__name__} of {len(axes)}")
     return axes
 
-# %% ../nbs/06e_plots.ipynb #c014
+# %% ../nbs/06e_plots.ipynb #c015
 _SHOWN = ("nc1", "nc2", "nc3", "nc4", "equinorm", "margin")
 _PARTS = {"train": "-", "test": "--", "clean": ":"}
 
@@ -126,29 +126,31 @@ def _present(frame, names):
         raise ValueError(f"names must be metrics of the rows, got {lacking}; there are {', '.join(frame)}")
     return there
 
-def _lines(frame):
-    "(label, rows, part, look) of each line: the methods where there are several, else the parts."
+def _lines(frame, name):
+    "(label, rows, part, look) of each line of a metric: the methods where there are several, else the parts."
     methods = list(frame.groupby("method", sort=False)) if "method" in frame else []
     if len(methods) > 1:
         looks = [line_style(m) if m in _LOOKS else {"color": f"C{i}"} for i, (m, _) in enumerate(methods)]
-        return [(m, group, "train", look) for (m, group), look in zip(methods, looks)]
+        part = next(p for p in _PARTS if _column(frame, name, p))
+        of = "" if part == "train" else f", {part}"
+        return [(m + of, group, part, look) for (m, group), look in zip(methods, looks)]
     looks = [{"color": f"C{i}", "linestyle": dashes} for i, dashes in enumerate(_PARTS.values())]
     return [(part, frame, part, look) for part, look in zip(_PARTS, looks)]
 
-# %% ../nbs/06e_plots.ipynb #c016
+# %% ../nbs/06e_plots.ipynb #c017
 _LEVEL:dict = {"color": "#777777", "linestyle": ":", "linewidth": 1}  # of a value at collapse
 
 def _panel(ax, frame, name, C):
     "One metric against the epoch."
     drawn = []
-    for label, rows, part, look in _lines(frame):
+    for label, rows, part, look in _lines(frame, name):
         column = _column(rows, name, part)
         if column is not None:
             _line(ax, rows, "epoch", column, label=label, **look)
             drawn.append(rows[column])
     if name == "margin" and C is not None:
         ax.axhline(C/(C-1), label="at collapse", **_LEVEL)
-    _scales(ax, name in _LOG and any((v > 0).any() for v in drawn), frame.epoch.max())
+    _set_scales(ax, name in _LOG and any((v > 0).any() for v in drawn), frame.epoch.max())
     ax.set(xlabel="epoch", ylabel=_WORDS.get(name, name))
 
 def plot_collapse(
@@ -171,7 +173,7 @@ def plot_collapse(
         axes[0].legend(entries.values(), entries.keys(), fontsize="small")
     return axes[0] if len(axes) == 1 else np.array(axes)
 
-# %% ../nbs/06e_plots.ipynb #c022
+# %% ../nbs/06e_plots.ipynb #c023
 def plot_margins(
     margins:"Tensor|np.ndarray", # (N,) of `cosine_margins`, or of `measure_collapse(..., margins=True)`
     C:int|None=None,             # number of classes, for the value at collapse, C/(C-1); not drawn when None
@@ -195,7 +197,7 @@ def plot_margins(
     ax.set(xlabel="share of the samples, sorted", ylabel="cosine margin")
     return ax
 
-# %% ../nbs/06e_plots.ipynb #c027
+# %% ../nbs/06e_plots.ipynb #c028
 def plot_gram(
     W:"Tensor|np.ndarray", # (C, d) classifier rows, such as `head.weight` or `linear.weight`
     ax:"Axes|None"=None,   # new ones when None

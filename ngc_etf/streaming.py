@@ -17,7 +17,7 @@ from torchmetrics import Metric
 
 from .means import _centre, as_labels
 from .metrics import (
-    _batch, _disagree, _dual, _f64, _margins, _matrix, _rows, cosine_margins)
+    _batch, _checked_classifier, _disagree, _dual, _f64, _margins, _matrix, cosine_margins)
 from .moments import _MOMENTS, _absorb, _chan, _from_moments, _with_classifier
 from .simplex import check_classes
 from .solvers import _has_float64
@@ -66,10 +66,10 @@ class _Moments(Metric):
 _RULE = ("W", "b", "means", "h_G", "present", "T", "given")
 
 def _padded_dual(means, h_G, n, eps):
-    "T of `_dual`, (d, C); padded with zero columns, so that its shape is the same on every process."
+    "T of `_dual` with zero columns up to (d, C), one shape on every process; nan where the means coincide."
     H_bar = (means - h_G).mT * (n > 0)
-    T = _dual(H_bar, means.square().sum(1).max(), eps)
-    return torch.zeros_like(H_bar) if T is None else F.pad(T, (0, len(n) - T.shape[1]))
+    T = _dual(H_bar, means.square().sum(1).max(), eps, null=1 + int((n == 0).sum()))
+    return torch.full_like(H_bar, math.nan) if T is None else F.pad(T, (0, len(n) - T.shape[1]))
 
 def _verdicts(rule, h, y):
     "Of each sample: the margin, whether the two rules of NC4 disagree, and |T'r|²."
@@ -141,7 +141,7 @@ class _Judge(_Ruled):
         if (means is None) != (h_G is None):
             raise ValueError(f"means and h_G go together, got only {'h_G' if means is None else 'means'}")
         given = means is not None
-        W, b = _rows(W, b, self.C, self.d)
+        W, b = _checked_classifier(W, b, self.C, self.d)
         if means is not None and h_G is not None:
             means, h_G = _matrix(means, "means", self.C, self.d), _matrix(h_G, "h_G", self.d)
             n = W.new_ones(self.C)
@@ -152,10 +152,20 @@ class _Judge(_Ruled):
         T = _padded_dual(means, h_G, n, torch.finfo(self.mean.dtype).eps)
         self._set_rule(W, b, means, h_G, n > 0, T, torch.ones(int(given)))
 
+    @staticmethod
+    def _check_mergeable(ours, theirs):
+        "A `ValueError` unless both have the same states, and of the same shapes where those do not change."
+        for name, t in ours.items():
+            if name not in theirs: raise ValueError(f"the metric to merge must have a state {name}, got none")
+            if not name.startswith("rule_") and t.shape != theirs[name].shape:
+                raise ValueError("the metrics to merge must have the same C, d, bins and scatter, got states "
+                                 f"{name} of shape {tuple(t.shape)} and {tuple(theirs[name].shape)}")
+
     def merge_state(self, incoming:dict[str, Any]|Metric)->None:
         "Add what another `NeuralCollapse` has seen; where both have judged, it was by one rule."
         theirs:dict = incoming.metric_state if isinstance(incoming, Metric) else incoming
         ours:dict = self.metric_state
+        self._check_mergeable(ours, theirs)
         pair = {k: [v, theirs[k].to(v.device)] for k, v in ours.items()}
         rules = [pair.pop(f"rule_{name}") for name in _RULE]
         if self.judging and len(rules[0][1]) and not all(torch.equal(*r) for r in rules):
@@ -205,16 +215,22 @@ class NeuralCollapse(_Judge):
     def forward(self, h:Tensor, y:Tensor)->None:
         self.update(h, y)
 
+    def _is_rule(self, W, b):
+        "Are these the rows and the bias that `judge` was given? (None is no bias.)"
+        b = torch.zeros_like(self.rule_b) if b is None else b
+        return torch.equal(W.to(self.rule_W), self.rule_W) and torch.equal(b.to(self.rule_b), self.rule_b)
+
     def compute(self, W:Tensor|None=None, b:Tensor|None=None)->dict:
-        "Scalars by name: with W or after `judge` also the classifier's, after `judge` nc4 and margins."
+        "Scalars by name: with W or after `judge` also the classifier's; nc4 and margins of `judge`'s alone."
         counts, means, spread, S = self._moments()
         out, H_bar, h_G = _from_moments(counts, means, spread, S, torch.finfo(self.mean.dtype).eps)
-        if self.judging:
-            W, b = self.rule_W if W is None else W, self.rule_b if b is None else b
+        if self.judging and W is None:
+            W, b = self.rule_W, self.rule_b if b is None else b
         if W is not None:
             out |= _with_classifier(W, b, H_bar, h_G)
         n, wrong, margins, within = _f64(self.tally)
         if n == 0: return out
         out = {"nc1": within / n} | out
+        if not self._is_rule(W, b): return out
         out |= {"nc4": wrong / n, "margin": margins / n, "margin_min": _f64(self.margin_min)}
         return out | {"margin_hist": _f64(self.margin_hist)} if self.bins else out

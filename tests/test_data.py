@@ -287,11 +287,15 @@ print("torchvision" in sys.modules)
 )
 def test_sampler_properties(counts, batch_size, world, seed, shuffle):
     y = np.repeat(np.arange(len(counts)), counts)
-    if len(y) < world:
+    smallest = len(y) // -(-len(y) // (batch_size * world))
+    if smallest < world:
+        with pytest.raises(ValueError, match="too few|ranks get none, take a larger batch_size"):
+            StratifiedBatchSampler(y, batch_size, world_size=world)
         return
     ranks = [list(StratifiedBatchSampler(y, batch_size, shuffle, seed, r, world)) for r in range(world)]
     n = len(StratifiedBatchSampler(y, batch_size, world_size=world))
     assert all(len(r) == n for r in ranks)
+    assert all(b for r in ranks for b in r)
     batches = [sum((r[b] for r in ranks), []) for b in range(n)]
     assert sorted(sum(batches, [])) == list(range(len(y)))  # nothing dropped, nothing twice
     assert all(len(b) <= batch_size for r in ranks for b in r)
@@ -406,6 +410,23 @@ def test_statistics_of_torchvision(size, ch):
     assert z.abs().max() < 6 and z.square().mean() < 1.6
 
 
+@pytest.mark.parametrize(
+    "mean, std, x, says",
+    [
+        ((0.5,) * 3, (0.5,) * 3, torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "ch=3 channels.*uint8 .2, 1"),
+        ((0.5,), (0.5,), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "ch=1 channels.*uint8 .2, 3"),
+        ((0.5,), (0.5,), torch.rand(2, 1, 8, 8), "uint8 images .*got torch.float32"),
+        ((0.5,), (0.5,), torch.zeros(1, 8, 8, dtype=torch.uint8), "uint8 images"),
+        ((0.5,), (0.0,), None, r"std above 0; got mean=\(0.5,\), std=\(0.0,\)"),
+        ((0.5,), (float("nan"),), None, "std above 0"),
+        ((0.5,), (0.5, 0.5), None, "a number a channel each"),
+    ],
+)
+def test_augment_refuses_what_torch_would_not(mean, std, x, says):
+    with pytest.raises(ValueError, match=says):
+        Augment(mean, std)(x)
+
+
 def test_augment_reproduces_and_refuses():
     x = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
     a = Augment((0.5,) * 3, (0.5,) * 3, 2, True, rotate=15)
@@ -471,6 +492,15 @@ def test_exact_resume_in_the_middle_of_an_epoch(cut):
         assert torch.equal(a, c) and torch.equal(b, d)
 
 
+def test_a_loader_refuses_what_does_not_fit():
+    x, y = torch.zeros(10, 4), torch.arange(10)
+    with pytest.raises(ValueError, match="4 samples, 10 labels"):
+        BatchLoader(x[:4], y, 3)
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size={size}"):
+            BatchLoader(x, y, size)
+
+
 def test_valid_loader_is_in_order_and_plain():
     data = load_data("digits")
     dls = loaders(data, 100)
@@ -501,6 +531,8 @@ def test_long_tail():
         assert not torch.equal(keep, long_tail(y, 50, kind, seed=1))
     with pytest.raises(ValueError, match="factor=0"):
         long_tail(y, 0)
+    with pytest.raises(ValueError, match="factor=nan"):
+        long_tail(y, float("nan"))
     with pytest.raises(ValueError, match="kind='linear'"):
         long_tail(y, kind="linear")
 
@@ -549,6 +581,47 @@ def test_folder_through_workers(tmp_path):
     (tmp_path / "val" / "n0002").rename(tmp_path / "val" / "other")
     with pytest.raises(ValueError, match="different classes"):
         folder_loaders(data)
+
+
+def same_batches(one, two):
+    one, two = list(one), list(two)
+    return len(one) == len(two) and all(torch.equal(a, b) for p, q in zip(one, two) for a, b in zip(p, q))
+
+
+@pytest.mark.parametrize("cut", [1, 3, 7])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_tree_is_resumed_in_mid_epoch_with_the_batches_not_delivered(tmp_path, cut, workers):
+    "Whatever the workers have fetched ahead; before the cut and after it, bit for bit."
+    data = tree(tmp_path, C=2, n=8)
+    make = lambda workers: folder_loaders(data, 2, workers=workers, seed=3).train
+    straight, run, resumed = make(0), make(workers), make(workers)
+    list(run), list(straight)  # one epoch
+    whole, second = list(straight), straight.state_dict()
+    it = iter(run)
+    head = [next(it) for _ in range(cut)]
+    state = pickle.loads(pickle.dumps(run.state_dict()))
+    assert state["sampler"] == {"epoch": 1, "batch": cut}
+    resumed.load_state_dict(state)
+    assert set(resumed.state_dict()) == set(state)
+    assert same_batches(head, whole[:cut])
+    assert same_batches(resumed, whole[cut:])
+    assert same_batches(it, whole[cut:])
+    for loader in (run, resumed):
+        assert loader.state_dict()["sampler"] == second["sampler"] and "places" not in loader.state_dict()
+        assert torch.equal(loader.state_dict()["generator"], second["generator"])
+    third = list(straight)
+    assert same_batches(run, third) and same_batches(resumed, third)
+
+
+def test_an_epoch_given_up_is_dealt_again_with_workers_as_without(tmp_path):
+    "Though the workers have fetched the rest of it."
+    data = tree(tmp_path, C=2, n=8)
+    plain, ahead = (folder_loaders(data, 4, workers=w).train for w in (0, 2))
+    for loader in (plain, ahead):
+        it = iter(loader)
+        next(it), next(it)
+    assert plain.state_dict()["sampler"] == ahead.state_dict()["sampler"] == {"epoch": 0, "batch": 2}
+    assert same_batches(plain, ahead)
 
 
 def save(folder, array, name, **kwargs):

@@ -68,6 +68,18 @@ def test_extreme_logits(loss):
         assert torch.autograd.grad(loss(z, y), z)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("classes", [1, 4])
+def test_a_logit_that_is_not_finite_is_no_loss_of_zero(loss, wrong, classes):
+    y = torch.arange(8) % classes
+    row, entry = torch.randn(2, 8, 4)
+    row[3] = wrong
+    entry[3, y[3]] = wrong
+    for z in (row, entry):
+        assert not loss(z, y).isfinite()
+
+
 @pytest.mark.parametrize("n", [1, 5])
 def test_one_class_alone(n):
     z, y = torch.randn(n, 3, requires_grad=True), torch.full((n,), 1)

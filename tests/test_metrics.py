@@ -22,7 +22,7 @@ from ngc_etf import metrics as M
 from ngc_etf import solvers as P
 from ngc_etf import streaming as S
 from ngc_etf.evaluation import measure_collapse
-from ngc_etf.floor import cross_entropy_bound, cross_entropy_floor
+from ngc_etf.floor import _best_margins, cross_entropy_bound, cross_entropy_floor
 from ngc_etf.heads import NearestETFHead, StandardHead
 from ngc_etf.means import _centre
 from ngc_etf.simplex import haar_direction, simplex_etf
@@ -98,7 +98,7 @@ def fill(metric, h, y, size, W=None, b=None, seed=0):
 )
 def test_functions_against_numpy(C, d, N):
     h, y, W, b = data(C, d, N)
-    H_bar = _centre(*M._class_means(h, y, C))[0]
+    H_bar = _centre(*M._batch_means(h, y, C))[0]
     margins = M.cosine_margins(h, y, W)
     got = {
         "nc1": M.nc1(h, y, C),
@@ -157,7 +157,7 @@ def test_absent_classes():
     out, ref = fill(NeuralCollapse(C, d), h, y, 20, W, b).compute(), plain(h, small, W[keep], b[keep])
     close(out, {k: ref[k] for k in ("nc1", "cdnv")})
     close({"nc1": M.nc1(h, y, C), "cdnv": M.cdnv(h, y, C)}, {k: ref[k] for k in ("nc1", "cdnv")})
-    H_bar = _centre(*M._class_means(h, y, C))[0]
+    H_bar = _centre(*M._batch_means(h, y, C))[0]
     assert (H_bar[:, list(skip)] == 0).all()
     close(out, {"nc3": M.nc3(W, H_bar)})
     nearest = torch.tensor(keep)[NearestCentroid().fit(h.numpy(), small.numpy()).predict(h.numpy())]
@@ -270,7 +270,7 @@ def test_cross_checks_with_the_means_chapter():
     from ngc_etf.means import centred_means
 
     h, y, *_ = data(6, 10, 90, skip=(3,))
-    for ours, theirs in zip(_centre(*M._class_means(h, y, 6)), centred_means(h, y, 6)):
+    for ours, theirs in zip(_centre(*M._batch_means(h, y, 6)), centred_means(h, y, 6)):
         assert torch.allclose(ours, theirs, atol=1e-12)
 
 
@@ -309,7 +309,7 @@ def test_collapse_scores_its_ideal(C, d):
 def _refusals():
     "(name, call, message), one a line."
     h, y, W, b = data(6, 16, 200)
-    means = M._class_means(h, y, 6)[0]
+    means = M._batch_means(h, y, 6)[0]
     H_bar = _centre(means, torch.bincount(y).double())[0]
     bad = h.clone()
     bad[3, 2] = math.nan
@@ -327,7 +327,7 @@ def _refusals():
         ("one class", lambda: M.nc1(h, y * 0, 1), "at least 2 classes, got C=1"),
         ("W of one dimension", lambda: M.nc2(W[0]), "W must have shape (any, any)"),
         ("H_bar transposed", lambda: M.nc3(W, W), "H_bar must have shape (16, 6), got (6, 16)"),
-        ("W too narrow", lambda: M.nc4(h, y, W[:, :3], b), "W must have shape (6, 16), got (6, 3)"),
+        ("W too narrow", lambda: M.nc4(h, y, W[:, :3], b), "h must have shape (any, 3), got (200, 16)"),
         ("b too short", lambda: M.nc4(h, y, W, b[:2]), "b must have shape (6,), got (2,)"),
         ("means transposed", lambda: M.nc4(h, y, W, means=W.T), "means must have shape (6, 16)"),
         ("h_G of two dimensions", lambda: M.cosine_margins(h, y, W, h), "h_G must have shape (16,)"),
@@ -397,7 +397,7 @@ def test_the_rule_is_pickled_saved_and_reset():
         with pytest.raises(ValueError, match="call judge first"):
             other.margins(h, y)
     given = NeuralCollapse(6, 16)
-    given.judge(W, b, M._class_means(h, y, 6)[0], h.mean(0))
+    given.judge(W, b, M._batch_means(h, y, 6)[0], h.mean(0))
     given.persistent(True)
     loaded = NeuralCollapse(6, 16)
     loaded.load_state_dict(given.state_dict())
@@ -410,7 +410,7 @@ def test_a_collection_keeps_two_metrics_apart():
     "torchmetrics updates only one of the metrics whose states are equal after the first batch."
     h, y, W, b = data(6, 16, 90)
     V, c = W.flip(0), b.flip(0)
-    means, h_G = M._class_means(h, y, 6)[0], h.mean(0)
+    means, h_G = M._batch_means(h, y, 6)[0], h.mean(0)
     late = MetricCollection({"a": NeuralCollapse(6, 16), "b": NeuralCollapse(6, 16)})
     late.update(h, y)
     early, same = late.clone(), late.clone()
@@ -442,6 +442,56 @@ def test_merging_takes_one_rule():
     fresh = NeuralCollapse(6, 16)
     fresh.merge_state(a)
     close(fresh.compute(), plain(h, y, W, b))
+
+
+@pytest.mark.parametrize(
+    "C,d,options,state",
+    [
+        (7, 16, {}, r"count of shape \(6,\) and \(7,\)"),
+        (6, 15, {}, r"mean of shape \(6, 16\) and \(6, 15\)"),
+        (6, 16, {"scatter": False}, r"scatter of shape \(16, 16\) and \(0, 0\)"),
+        (6, 16, {"bins": 5}, r"margin_hist of shape \(0,\) and \(5,\)"),
+    ],
+)
+@pytest.mark.parametrize("judged", [False, True])
+def test_merging_takes_one_kind(C, d, options, state, judged):
+    h, y, W, b = data(6, 16, 60)
+    ours = fill(NeuralCollapse(6, 16), h, y, 30, *((W, b) if judged else ()))
+    before = {k: v.clone() for k, v in ours.metric_state.items()}
+    for theirs in (NeuralCollapse(C, d, **options), NeuralCollapse(C, d, **options).metric_state):
+        with pytest.raises(ValueError, match=f"the same C, d, bins and scatter, got states {state}"):
+            ours.merge_state(theirs)
+    with pytest.raises(ValueError, match="must have a state count, got none"):
+        ours.merge_state({})
+    assert all(torch.equal(before[k], v) for k, v in ours.metric_state.items())
+
+
+@pytest.mark.parametrize("C,d", [(2, 16), (6, 16), (6, 4)])
+@pytest.mark.parametrize("offset", [0, 10, 1000])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_given_means_give_nc1_without_the_scatter(C, d, offset, dtype):
+    h, y, W, b = data(C, d, 200)
+    m = NeuralCollapse(C, d, scatter=False)
+    m.judge(W, b, (M._batch_means(h, y, C)[0] + offset).to(dtype), (h.mean(0) + offset).to(dtype))
+    m.update(h + offset, y)
+    tol = 1e-9 if dtype == torch.float64 else 1e-5 * (10 + offset)
+    assert math.isclose(m.compute()["nc1"], M.nc1(h, y, C), rel_tol=tol)
+
+
+def test_another_classifier_is_not_given_the_verdicts_of_the_judged_one():
+    h, y, W, b = data(6, 16, 90)
+    V, c = W.flip(0), b.flip(0)
+    m = fill(NeuralCollapse(6, 16, bins=5), h, y, 30, W, b)
+    fresh = fill(NeuralCollapse(6, 16, bins=5), h, y, 30)
+    whole = m.compute()
+    for args in ((V, c), (V,), (W,), (W, c), (W.float(), b)):
+        got, want = m.compute(*args), fresh.compute(*args)
+        assert set(got) == set(want)
+        close(got, want)
+    assert "nc4" not in m.compute(b=c)
+    assert set(m.compute(W.clone().requires_grad_(), b)) == set(whole)
+    lean = fill(NeuralCollapse(6, 16, scatter=False), h, y, 30, W, b)
+    close({"nc1": lean.compute(V, c)["nc1"]}, {"nc1": whole["nc1"]})
 
 
 def test_a_device_without_float64(monkeypatch):
@@ -685,6 +735,39 @@ def test_floor_of_a_long_tail(C, relu, factor):
     assert math.isclose(
         cross_entropy_floor(C, relu=relu, counts=[counts[i] for i in order]), floor, rel_tol=1e-8
     )
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("tau", [20.0, 30.0, 100.0, 300.0])
+def test_a_tiny_floor_keeps_its_digits(tau, relu):
+    "Two classes: each has as its margin twice the span of the features, times the other's share."
+    span = tau * (math.sqrt(2) if relu else 2)
+    for factor in (1.001, 2, 50):
+        q = 1 / (1 + factor)
+        p = 1 - q
+        want = p * math.log1p(math.exp(-2 * span * q)) + q * math.log1p(math.exp(-2 * span * p))
+        got = cross_entropy_floor(2, tau, relu, [factor, 1])
+        assert math.isclose(got, want, rel_tol=1e-8)
+    many = cross_entropy_floor(10, tau, relu, [2 ** (-c / 9) for c in range(10)])
+    assert 0 < many < 1e-6
+    assert many > cross_entropy_floor(10, tau, relu)
+
+
+@pytest.mark.parametrize("C", [2, 3, 10, 100, 1000])
+@pytest.mark.parametrize("factor", [1, 1 + 1e-9, 2, 100, 10_000])
+@pytest.mark.parametrize("tau", [0.5, 5.0, 50.0])
+@pytest.mark.filterwarnings("error")
+def test_the_bound_shares_out_the_whole_sum(C, factor, tau):
+    counts = np.array([factor ** (-c / (C - 1)) for c in range(C)])
+    shares = counts / counts.sum()
+    best = C * tau * C / (C - 1)
+    margins = _best_margins(best, shares)
+    assert math.isclose(margins.sum(), best, rel_tol=1e-9)
+    cost = shares / (1 + np.exp(margins) / (C - 1))  # Lagrange: the same for every class
+    assert np.allclose(cost, cost[0], rtol=1e-8, atol=0)
+    if factor == 1:
+        floor = cross_entropy_floor(C, tau)
+        assert math.isclose(cross_entropy_bound(C, tau), floor, rel_tol=1e-9)
 
 
 @pytest.mark.parametrize("function", [cross_entropy_floor, cross_entropy_bound])

@@ -64,6 +64,16 @@ def test_seeds_give_a_median_with_a_band_and_methods_their_looks():
     assert ax.lines[1].get_color() not in (line_style("mine")["color"], ax.lines[0].get_color())
 
 
+def test_several_methods_of_which_only_the_test_set_was_measured():
+    rows = pd.concat([repeated(m, 0, 1) for m in ("nearest", "fixed")]).drop(columns="nc1")
+    axes = plot_collapse(rows)
+    assert [a.get_ylabel() for a in axes] == ["NC1", "mean cosine margin"]
+    assert [list(line.get_ydata()) for line in axes[0].lines] == [[3.0, 1.0]] * 2
+    assert axes[0].get_yscale() == "log"
+    labels = [t.get_text() for t in axes[0].get_legend().get_texts()]
+    assert labels == ["nearest, test", "fixed, test", "nearest", "fixed"]
+
+
 @pytest.mark.parametrize("top, named", [(1e3, False), (1e2, False), (20.0, True)])
 def test_powers_of_ten_alone_are_named_over_two_decades(top, named):
     "Nor when one looks closer, where matplotlib would name 6x10^-1 and its neighbours."

@@ -17,6 +17,7 @@ from ngc_etf.claims import (
     _more_at_the_margin,
     _stable_start,
 )
+from ngc_etf.data import load_data, with_long_tail
 from ngc_etf.experiment import Experiment
 from ngc_etf.figures import curve, panels, save_figure
 from ngc_etf.floor import cross_entropy_floor
@@ -388,6 +389,14 @@ def test_a_long_tail_has_a_floor_of_its_own():
     exps = {m: get_experiment("cifar10-resnet18-lt", method=m).as_json for m in ("standard", "nearest")}
     floors = {m: floor_of({"experiment": exp, "C": 10}) for m, exp in exps.items()}
     assert floors["standard"] < floors["nearest"] != cross_entropy_floor(10, relu=True)
+
+
+@pytest.mark.parametrize("name, C", [("digits-net-lt", 10), ("clusters-50", 50)])
+def test_the_floor_of_a_tail_counts_the_samples_that_are_there(name, C):
+    exp = get_experiment(name, tail=100.0, method="nearest")
+    y = with_long_tail(load_data(exp.data), 100).train[1]
+    want = cross_entropy_floor(C, relu=True, counts=y.bincount().tolist())
+    assert floor_of({"experiment": exp.as_json, "C": C}) == pytest.approx(want, rel=1e-8)
 
 
 # ---- outcomes and claims
