@@ -13,7 +13,7 @@ from .implicit import (
     _check_problem, _contract, _hessian_block, constraint_jacobian, rvec, rvech, sigma)
 from .lapack import eigh, inverse, solve
 from .procrustes import polar_vjp
-from .simplex import check_classes, standard_etf
+from .simplex import _check_positive, check_classes, standard_etf
 
 # %% ../nbs/04a_adjoint.ipynb #c009
 def _block(H, U, U_prox, delta):
@@ -73,6 +73,5 @@ def scale_free_delta(
 )->float:                  # δ, to hand to `nearest_etf`
     "The δ that weighs the proximal term by `strength` against the data term: 2 strength / (C - 1)."
     check_classes(C)
-    if not 0 < strength < float("inf"):
-        raise ValueError(f"strength must be positive and finite, got strength={strength}")
+    _check_positive("strength", strength)
     return 2 * strength / (C-1)

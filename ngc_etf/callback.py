@@ -7,6 +7,7 @@ __all__ = ['NearestETF', 'CollapseRecorder']
 
 # %% ../nbs/10_callback.ipynb #c005
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from fastai.data.transforms import get_c
 from fastai.learner import Learner, Recorder
 from fastai.torch_core import no_random
 from fastcore.basics import patch
+from fastcore.foundation import L
 from torch import Tensor, nn
 
 from .evaluation import measure_collapse
@@ -32,6 +34,18 @@ if TYPE_CHECKING:  # a type's name need not load its library
     from matplotlib.axes import Axes
 
 # %% ../nbs/10_callback.ipynb #c011
+@contextmanager
+def _keep_generators(dl):
+    "The generators that a loader of torch's or its sampler has for itself are as before, afterwards."
+    owners = [dl] + [getattr(dl, name, None) for name in ("sampler", "batch_sampler")]
+    own = [getattr(owner, "generator", None) for owner in owners]
+    states = [(g, g.get_state()) for g in own if isinstance(g, torch.Generator)]
+    try:
+        yield
+    finally:
+        for g, state in states:
+            g.set_state(state)
+
 def _look(dls)->tuple:
     "A batch of inputs and the number of classes, None for what the data does not give; nothing is used up."
     try:
@@ -41,7 +55,7 @@ def _look(dls)->tuple:
     dl = dls.train
     rng = getattr(dl, "rng", None)
     try:
-        with no_random():
+        with no_random(), _keep_generators(dl):
             batch = dl.one_batch() if hasattr(dl, "one_batch") else next(iter(dl))
         example = tuple(batch[:getattr(dls, "n_inp", 1)])
     except Exception:  # the fit will tell what is wrong with the data
@@ -73,16 +87,17 @@ def _renew(learn):
     if frozen:
         learn.opt.freeze_to(frozen)
 
-def _thaw(opt)->str:
-    "Unfreeze the last group that holds anything, where `freeze` has left only empty ones; what was done."
-    if opt is None: return ""  # a loaded learner predicts without one
-    groups, first = list(opt.param_lists), opt.frozen_idx
-    if first == 0 or first >= len(groups) or any(len(g) for g in groups[first:]): return ""
-    last = max((i for i, g in enumerate(groups) if len(g)), default=None)
-    if last is None: return ""
-    opt.freeze_to(last)
-    return ("the head has no parameters, so freezing left nothing to train; "
-            f"unfroze group {last} of {len(groups)} (counted from 0)")
+def _full_last(splitter, model)->list:
+    "The parameter groups of a splitter, those that hold nothing first."
+    return sorted(splitter(model), key=lambda group: len(group) > 0)
+
+def _regroup(learn)->str:
+    "Have the learner's last parameter group hold something; in words what was done."
+    sizes = [len(g) if isinstance(g, (list, L)) else 1 for g in L(learn.splitter(learn.model))]
+    if not any(sizes) or sizes[-1]: return ""
+    learn.splitter = partial(_full_last, learn.splitter)
+    return (f"the last of {len(sizes)} parameter groups held the classifier alone, and is empty: empty "
+            "groups come first now, and the group before takes its place and its learning rate")
 
 # %% ../nbs/10_callback.ipynb #c017
 class NearestETF(Callback):
@@ -91,7 +106,7 @@ class NearestETF(Callback):
 
     def __init__(self,
         head:Head|Callable|None=None, # a `Head`, or a callable (d, C) -> Head; `NearestETFHead` when None
-        verbose:bool=True,            # say which layer was exchanged, and what was unfrozen
+        verbose:bool=True,            # say which layer was exchanged, and what came of it
         at:str="",                    # name of the layer to exchange, or of the part that ends in it
         project:bool=False,           # where d < C, a trainable projection to C dimensions before it
         C:int|None=None,              # number of classes; when None the layer's and the data's
@@ -99,7 +114,7 @@ class NearestETF(Callback):
     ):
         if head is not None and kwargs:
             raise ValueError(f"give either a head or its arguments, got a head and {', '.join(kwargs)}")
-        self.make, self.verbose = head or partial(NearestETFHead, **kwargs), verbose
+        self.make, self.verbose = head or (partial(NearestETFHead, **kwargs) if kwargs else None), verbose
         self.at, self.project, self.C, self._head = at, project, C, None
 
     def after_create(self)->None:
@@ -110,7 +125,6 @@ class NearestETF(Callback):
             raise ValueError("NearestETF cannot run under DataParallel, whose replicas lose the head's "
                              "state: use learn.distrib_ctx(), one process for each device")
         self.install()
-        self._say(_thaw(self.learn.opt))
 
     def before_batch(self)->None:
         head = self.learn.etf
@@ -123,12 +137,15 @@ class NearestETF(Callback):
 
     def install(self)->None:
         "Make sure that the model ends in a head, and that the optimiser, if any, belongs to this model."
-        learn = self.learn
+        learn, there = self.learn, {*self.learn.model.modules()}
+        if self._head in there: return
         learn.model, self._head, message = _swap_for_data(
             learn.model, self.make, self.at, self.C, self.project, look=partial(_look, learn.dls))
-        if not message: return
         self._say(message)
-        _renew(learn)
+        regrouped = _regroup(learn)
+        self._say(regrouped)
+        if regrouped or self._head not in there:
+            _renew(learn)
 
     def _say(self, message):
         if message and self.verbose:
@@ -201,13 +218,14 @@ class CollapseRecorder(Callback):
             self.add(epoch, **row)
 
     def measure(self)->dict:
-        "Plain names for the training set, `test_` and `clean_` for the others; loss and top1 with `train_`."
+        "One row: nc1, ... on the training set, but train_loss and train_top1; test_nc1, ... on the others."
         row:dict[str, float] = {}
         for part in ("train", "test", "clean"):
             with no_random():
                 dl = _part(self.learn.dls, self.clean, part)
                 if dl is None: continue
-                values = measure_collapse(self.learn.model, dl, at=self.classifier, store=self.store)
+                with _keep_generators(dl):
+                    values = measure_collapse(self.learn.model, dl, at=self.classifier, store=self.store)
             plain = part == "train"
             row |= {k if plain and k not in ("loss", "top1") else f"{part}_{k}": v for k, v in values.items()}
         return row

@@ -90,5 +90,5 @@ def last_linear(
     if len(ends) > 1:
         raise ValueError(
             f"several layers of {kind} may be its classifier: {_list(ends)}; "
-            f"name one, at={[*ends][0]!r} say, or give a batch of inputs, example=x")
+            f"give a batch of inputs, example=x, or name one, at='...'")
     return name

@@ -17,8 +17,8 @@ from torch import Tensor
 from .layer import Head
 from .means import _no_autocast, at_least_float32, processes
 from .procrustes import polar
-from .running import RunningMeans
-from .simplex import canonical_direction, check_classes, haar_direction, simplex_etf
+from .running import RunningMeans, _state_dtype
+from .simplex import _check_whole, canonical_direction, check_classes, haar_direction, simplex_etf
 from .solvers import _exact
 
 # %% ../nbs/04d_directed.ipynb #c007
@@ -31,7 +31,7 @@ def _gap(U)->float:
 def _given(U, d, C):
     if U.shape != (d, C): raise ValueError(f"a direction must have shape ({d}, {C}), got {tuple(U.shape)}")
     gap = _gap(U)
-    if gap < 1e-3: return U.detach().clone(memory_format=torch.contiguous_format)
+    if gap < 1e-3: return at_least_float32(U.detach()).clone(memory_format=torch.contiguous_format)
     raise ValueError(f"a direction must have orthonormal columns; U'U differs from the identity by {gap:.1e}")
 
 def direction(
@@ -39,7 +39,8 @@ def direction(
     d:int,             # feature dimension, at least C
     C:int,             # number of classes
 )->Tensor:             # U (d, C)
-    "A direction by name (§4), or the given one, checked."
+    "A direction by name (§4), or the given one, checked; float32 or better."
+    _check_whole(d=d, C=C)
     check_classes(C)
     if d < C:
         raise ValueError(
@@ -47,7 +48,7 @@ def direction(
             f"{C} dimensions first, with nn.Linear({d}, {C}) before the head, or by NearestETF(project=True)")
     if isinstance(start, Tensor): return _given(start, d, C)
     known:dict[str, Callable[..., Tensor]] = {"canonical": canonical_direction, "haar": haar_direction}
-    if start in known: return known[start](d, C).contiguous()
+    if isinstance(start, str) and start in known: return known[start](d, C, dtype=_state_dtype()).contiguous()
     raise ValueError(f"a direction must be one of {', '.join(known)} or a ({d}, {C}) tensor, got {start!r}")
 
 # %% ../nbs/04d_directed.ipynb #c011
@@ -70,7 +71,7 @@ def _seems_etf(U, W)->bool:
     with _exact(W):
         return _gap(U[:, few]) <= 1e-5 and bool((some @ some.mT - products).abs().max() <= 1e-5)
 
-def _rows(U):
+def _etf_rows(U):
     "W (C, d), the simplex ETF of U, row by row in memory: product and gradient are three times faster so."
     return simplex_etf(U.shape[1], U=U).mT.contiguous()
 
@@ -83,8 +84,8 @@ class _DirectedHead(Head):
         super().__init__(U.shape[0], U.shape[1], tau)
         self.means = means
         self.register_buffer("U_prox", U)
-        self.register_buffer("W", _rows(U))
-        self.register_buffer("b", torch.zeros(self.C))
+        self.register_buffer("W", _etf_rows(U))
+        self.register_buffer("b", torch.zeros(self.C, dtype=U.dtype))
         self._seal()
 
     def _seal(self):
@@ -112,14 +113,14 @@ class _DirectedHead(Head):
 
     def is_etf(self, eps:float=1e-5)->bool:
         "Whether U_prox is orthonormal and W its ETF, to eps."
-        W = _rows(at_least_float32(self.U_prox))
+        W = _etf_rows(at_least_float32(self.U_prox))
         return not max(_gap(self.U_prox), (self.W - W).abs().max().item()) > eps
 
     @torch.no_grad()
     def reproject(self)->None:
         "After any foreign change of the buffers: U_prox its polar factor, W that factor's ETF, b = -W h_G."
         U = polar(self.U_prox, "svd")
-        self._store(U, _rows(U))
+        self._store(U, _etf_rows(U))
         self._centre()
 
     def train(self, mode:bool=True)->Self:

@@ -9,10 +9,11 @@ __all__ = ['feed_labels', 'plain', 'to_onnx']
 import copy
 import importlib
 import inspect
+from functools import reduce
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .heads import Head
 
@@ -78,10 +79,20 @@ def _without_feeds(model:nn.Module)->nn.Module:
             owner.remove()
     return model
 
-class _Unlabelled(nn.Sequential):
-    "Layers one after the other; labels that come along are not looked at."
+class _Cast(nn.Sequential):
+    "Layers one after the other, in their own precision; the output is in the input's."
+    def forward(self, h):
+        return super().forward(h.to(self[-1].weight.dtype)).to(h.dtype)
+
+class _Unlabelled(_Cast):
+    "The same; labels that come along are not looked at."
     def forward(self, h, y=None):
         return super().forward(h)
+
+def _precisions(model)->set:
+    "Types of the floating-point parameters outside of heads."
+    within = {p for head in _heads(model).values() for p in head.parameters()}
+    return {p.dtype for p in model.parameters() if p.is_floating_point() and p not in within}
 
 @torch.no_grad()
 def plain(
@@ -91,14 +102,18 @@ def plain(
     "A copy for evaluation in which each head has become RMSNorm and Linear; float32 or better."
     if not _heads(model): raise ValueError("the model has no head of ngc_etf: it is plain already")
     model = _without_feeds(copy.deepcopy(model)).eval()
+    others = _precisions(model)
     for name, head in _heads(model).items():
-        layer = linear = head.to_linear()
+        dtype = reduce(torch.promote_types, others, head.W.dtype)
+        linear = head.to_linear().to(dtype)
+        layers:list[nn.Module] = [linear]
         if head.normalise:
             linear.weight *= head.tau / head.d**.5
             norm = nn.RMSNorm(head.d, eps=1e-24, elementwise_affine=False)
-            layer = nn.Sequential(norm.to(linear.weight.device), linear)
-        if labels:
-            layer = _Unlabelled(*(layer if head.normalise else [linear]))
+            layers = [norm.to(linear.weight.device), linear]
+        layer = _Unlabelled(*layers) if labels else nn.Sequential(*layers) if len(layers) > 1 else linear
+        if others - {dtype} and not labels:
+            layer = fx.symbolic_trace(_Cast(*layers))
         if not name: return layer.eval()
         model.set_submodule(name, layer.eval())
     return model

@@ -8,7 +8,7 @@ __all__ = ['measure_collapse']
 # %% ../nbs/06d_evaluation.ipynb #c003
 import math
 from collections.abc import Iterable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import chain
 from typing import cast
 
@@ -24,7 +24,7 @@ from .means import as_labels, at_least_float32
 from .metrics import _batch
 from .solvers import _has_float64
 from .streaming import NeuralCollapse
-from .tracing import _CannotRun
+from .tracing import _CannotRun, _eager
 
 # %% ../nbs/06d_evaluation.ipynb #c006
 def _to(x, device):
@@ -62,11 +62,6 @@ def _bare(model, at):
         model, at = getattr(model, field), at.removeprefix(f"{field}.")
     return model, at
 
-def _eager(modules):
-    "A context in which hooks are called, even where one of these modules is compiled."
-    compiled = any(m._compiled_call_impl is not None for m in modules)
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-
 def _around(model, name):
     "The layer of that name and all modules that contain it."
     parts = name.split(".")
@@ -77,8 +72,7 @@ def _classifier(model, at, batch)->str:
     "The name of the layer that makes the logits, by a trace on a batch's inputs where there is one."
     if batch is not None:
         try:
-            with _eager(model.modules()):
-                return last_linear(model, at, example=tuple(batch[0]))
+            return last_linear(model, at, example=tuple(batch[0]))
         except _CannotRun:
             pass  # two samples may be too few; any other reason shows in the whole pass
     return last_linear(model, at)

@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ngc_etf.directed import (
-    _AboutMean, _DirectedHead, _counts, _is_unchanged, _mean_is_plain, _rows, direction,
+    _AboutMean, _counts, _DirectedHead, _etf_rows, _is_unchanged, _mean_is_plain,
 )
+from .directed import direction as _direction
 from .layer import Head
 from .means import processes
 from .nearest import SOLVERS
 from .repeated import _once
-from .running import RunningGlobalMean, RunningMeans
-from .simplex import check_classes
+from .running import RunningGlobalMean, RunningMeans, _state_dtype
+from .simplex import _check_positive, _check_whole, check_classes
 from .solving import _nearest, _proximal, _solve_or_hold
 
 # %% ../nbs/05_heads.ipynb #c009
@@ -33,10 +34,11 @@ class StandardHead(Head):
         normalise:bool=True,     # features of norm tau and unit rows; neither where off
         project_first:bool=True, # unit rows before the first step as well; the authors' code begins after it
     ):
+        _check_whole(d=d, C=C)
         check_classes(C)
         super().__init__(d, C, tau, normalise)
-        self.W = nn.Parameter(nn.init.orthogonal_(torch.empty(C, d)))
-        self.register_buffer("b", torch.zeros(C))
+        self.W = nn.Parameter(nn.init.orthogonal_(torch.empty(C, d, dtype=_state_dtype())))
+        self.register_buffer("b", torch.zeros(C, dtype=_state_dtype()))
         self._raw = not project_first
         self.project_rows()
 
@@ -69,6 +71,8 @@ class StandardHead(Head):
 # %% ../nbs/05_heads.ipynb #c014
 class FixedETFHead(Head):
     "A classifier fixed to one simplex ETF (§4, 'fixed ETF'); no parameters."
+    _options = *Head._options, "detach_mean"
+
     def __init__(self,
         d:int,                            # feature dimension, at least C
         C:int,                            # number of classes, at least 2
@@ -77,8 +81,8 @@ class FixedETFHead(Head):
         detach_mean:bool=False,           # no gradient through h_G, as in the authors' code
     ):
         super().__init__(d, C, tau)
-        self.register_buffer("W", _rows(_direction(direction, d, C)))
-        self.register_buffer("b", torch.zeros(C))
+        self.register_buffer("W", _etf_rows(_direction(direction, d, C)))
+        self.register_buffer("b", torch.zeros(C, dtype=self.W.dtype))
         self.global_mean, self.detach_mean = RunningGlobalMean(d), detach_mean
 
     def train_logits(self, x:Tensor, y:Tensor|None)->Tensor:
@@ -89,23 +93,18 @@ class FixedETFHead(Head):
         if plain and not self.detach_mean: return _AboutMean.apply(x, W, h_G)
         return F.linear(x, W, -W @ h_G)
 
-_direction = direction  # `direction` is also the name of an argument
-
 # %% ../nbs/05_heads.ipynb #c019
-class _Counted(_DirectedHead):
-    "The options of `NearestETFHead`, and how many steps it has taken."
+class _NearestStep(_DirectedHead):
+    "The training step of `NearestETFHead`: means, problem (7), W; run by Python or as a graph."
     delta:float
     solver:str
     solve_every:int
     solve_first:bool
     ddn_grad:bool
     lag:bool
+    _options = *Head._options, "delta", "ddn_grad", "solver", "solve_every", "lag", "solve_first"
 
-    def extra_repr(self)->str:
-        names = "delta", "ddn_grad", "solver", "solve_every", "lag", "solve_first"
-        return ", ".join([super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in names)])
-
-    def _start(self):
+    def _forget_steps(self):
         self._known = None   # steps so far, and the state of the buffer means.t that they were read from
         self._begun = False  # whether the first step is known to be done
 
@@ -121,14 +120,12 @@ class _Counted(_DirectedHead):
     def __getstate__(self):
         return super().__getstate__() | {"_known": None}
 
-# %% ../nbs/05_heads.ipynb #c021
-class _NearestStep(_Counted):
-    "The training step of `NearestETFHead`: means, problem (7), W; run by Python or as a graph."
     def _eager(self, x, y, follows:bool):
         "W of this step (None where it is held) and h_G; `follows`: W carries the gradient of the solution."
         done = self._done()
-        held = done % self.solve_every
-        H, h_G = self.means(x.detach() if _mean_is_plain(y) and (held or not follows) else x, y)
+        held = done % self.solve_every != 0
+        needs_grad = follows and not held
+        H, h_G = self.means(x.detach() if _mean_is_plain(y) and not needs_grad else x, y)
         self._known, self._begun = (done + 1, _counts((self.means.t,))), True
         if held: return None, h_G
         U_prox = _proximal(H, self.U_prox, done == 0, self.solver, self.solve_first)
@@ -137,31 +134,21 @@ class _NearestStep(_Counted):
     def _compiled(self, x, y, follows:bool):
         "The same as a graph."
         done, U_prox = self.means.t.clone(), _once(self.U_prox.to(x))
-        asks = not (x.is_cuda and self._begun and self.solve_every == 1 and processes() == 1)
+        reads_step = not (x.is_cuda and self._begun and self.solve_every == 1 and processes() == 1)
         self._begun = True
         H, h_G = self.means(x, y)
         H = H if follows else H.detach()
-        if not asks: return self._classifier(_nearest(H, U_prox, self.delta, self.solver)), h_G
+        if not reads_step: return self._classifier(_nearest(H, U_prox, self.delta, self.solver)), h_G
         how = self.delta, self.solve_every, self.solver, self.solve_first
         return self._classifier(_solve_or_hold(H, U_prox, done, *how)[0]), h_G
 
     def _classifier(self, U):
         "W of U; both are stored."
-        W = _rows(U)
+        W = _etf_rows(U)
         self._store(U, W)
         return W
 
-# %% ../nbs/05_heads.ipynb #c023
-def _check_options(delta, solver, solve_every):
-    "A `ValueError` that names the option, its value and what is allowed."
-    if not delta > 0:
-        raise ValueError(f"delta, the proximal coefficient, must be positive, got delta={delta}")
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-    if not (isinstance(solve_every, int) and solve_every >= 1):
-        raise ValueError(f"solve_every must be a whole number of steps from 1, got {solve_every!r}")
-
-# %% ../nbs/05_heads.ipynb #c025
+# %% ../nbs/05_heads.ipynb #c021
 class NearestETFHead(_NearestStep):
     "At every training step the simplex ETF nearest to the class means (Eqs. 7-9); no parameters."
     _needs_past = True
@@ -180,16 +167,20 @@ class NearestETFHead(_NearestStep):
         lag:bool=False,               # W from the means of earlier batches only, without gradient
         solve_first:bool=True,        # the first U_prox solves problem (6); the start itself where off
     ):
-        super().__init__(direction(start, d, C), RunningMeans(d, C, alpha, validate), tau)
-        _check_options(delta, solver, solve_every)
+        super().__init__(_direction(start, d, C), RunningMeans(d, C, alpha, validate), tau)
+        _check_positive("delta", delta, "the proximal coefficient")
+        if solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+        if not (isinstance(solve_every, int) and solve_every >= 1):
+            raise ValueError(f"solve_every must be a whole number of steps from 1, got {solve_every!r}")
         self.delta, self.ddn_grad, self.solver = delta, ddn_grad, solver
         self.solve_every, self.lag, self.solve_first = solve_every, lag, solve_first
-        self._start()
+        self._forget_steps()
 
     def train_logits(self, x:Tensor, y:Tensor|None)->Tensor:
         if y is None and torch.is_grad_enabled():
-            raise ValueError("NearestETFHead needs the labels in training: call head(h, y); "
-                             "after head.eval() it needs none")
+            raise ValueError("NearestETFHead needs the labels in training: call head(h, y), or set "
+                             "head.targets = y where a loop calls the model; after head.eval() it needs none")
         if y is None: return self._linear(x)
         last = self.W.to(x, copy=True) if self.lag or self.solve_every > 1 else self.W
         step = self._compiled if torch.compiler.is_compiling() else self._eager

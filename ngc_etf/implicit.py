@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .lapack import qr, solve
-from .simplex import check_classes, standard_etf
+from .simplex import _check_positive, check_classes, standard_etf
 
 # %% ../nbs/04_implicit.ipynb #c009
 def rvec(
@@ -85,7 +85,7 @@ def _check_problem(H, U, U_prox, delta):
         shape = None if X is None else tuple(X.shape)
         if shape != tuple(H.shape):
             raise ValueError(f"{name} must have H's shape {tuple(H.shape)}, got {shape}")
-    if not 0 < delta < float("inf"): raise ValueError(f"delta must be positive and finite, got delta={delta}")
+    _check_positive("delta", delta)
 
 # %% ../nbs/04_implicit.ipynb #c027
 def lagrange_multipliers(

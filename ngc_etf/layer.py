@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from .means import check_batch
 from .repeated import _Repeatable
+from .simplex import _check_positive
 
 # %% ../nbs/04c_layer.ipynb #c007
 def _scale(h, tau):
@@ -30,41 +31,20 @@ class _OnSphere(torch.autograd.Function):
         ctx.save_for_backward(x, scale)
         ctx.set_materialize_grads(False)
         ctx.tau = tau
-        return x, scale
+        return x, scale  # the scale too, so that second derivatives reach it
 
     @staticmethod
     def backward(ctx, g, g_scale):
         x, scale = ctx.saved_tensors
         parts = []
         if g is not None:
-            along = (g * x).sum(1, keepdim=True)
+            along = (g * x).sum(-1, keepdim=True)
             parts.append(torch.addcmul(g, x, along, value=-1/ctx.tau**2).mul_(scale))
-        if g_scale is not None:
+        if g_scale is not None:  # only in a second derivative
             parts.append(g_scale * scale**2 * x / -ctx.tau**2)
         return sum(parts[1:], parts[0]) if parts else None, None
 
-# %% ../nbs/04c_layer.ipynb #c011
-class _NamedState(_Repeatable):
-    "A module whose state holds W and b; a state that calls them weight and bias loads if it is a head's."
-    def _rename(self, state, prefix)->bool:
-        "W and b of a state that calls them weight and bias; whether they are an nn.Linear's, and stay."
-        if prefix + "weight" not in state: return False
-        others = [prefix + name for name, _ in self.named_buffers() if name not in ("W", "b")]
-        if any(key not in state for key in others): return True
-        for before, after in ("weight", "W"), ("bias", "b"):
-            if prefix + before in state:
-                state.setdefault(prefix + after, state.pop(prefix + before))
-        return False
-
-    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
-        foreign = self._rename(state, prefix)
-        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
-        if foreign:
-            unexpected.append(
-                f"{prefix}* of an nn.Linear, for a {type(self).__name__}: load it before the layer is "
-                "exchanged (`swap_head`); the way back from a head to plain layers is `ngc_etf.plain(model)`")
-
-# %% ../nbs/04c_layer.ipynb #c013
+# %% ../nbs/04c_layer.ipynb #c012
 @torch.compiler.assume_constant_result
 def _knows_autocast(device:str)->bool:
     "Whether autocast exists on a kind of device."
@@ -74,15 +54,17 @@ def _as_node(head, h, *labels):
     "The head as one call in the graph that `torch.fx` is drawing."
     return h.tracer.create_proxy("call_module", h.tracer.path_of_module(head), (h, *labels), {})
 
-# %% ../nbs/04c_layer.ipynb #c015
-class _LinearMap(_NamedState):
-    "A classifier W, b of features of norm tau."
+# %% ../nbs/04c_layer.ipynb #c014
+class _LinearMap(_Repeatable):
+    "A classifier W, b of features of norm tau, whose state also loads if it calls them weight and bias."
     W:Tensor # (C, d) rows of the classifier: parameter or buffer
     b:Tensor # (C,) bias
     d:int
     C:int
     tau:float
     normalise:bool
+
+    _options:tuple = "d", "C", "tau", "normalise"  # what it was made with, and shows
 
     weight = property(lambda self: self.W, doc="W (C, d)")
     bias = property(lambda self: self.b, doc="b (C,)")
@@ -108,24 +90,46 @@ class _LinearMap(_NamedState):
         return lin
 
     def extra_repr(self)->str:
-        return f"d={self.d}, C={self.C}, tau={self.tau}, normalise={self.normalise}"
+        return ", ".join(f"{name}={getattr(self, name)}" for name in self._options)
 
-# %% ../nbs/04c_layer.ipynb #c017
+    def _rename(self, state, prefix)->bool:
+        "W and b of a state that calls them weight and bias; whether they are an nn.Linear's, and stay."
+        if prefix + "weight" not in state: return False
+        others = [prefix + name for name, _ in self.named_buffers() if name not in ("W", "b")]
+        if any(key not in state for key in others): return True
+        for before, after in ("weight", "W"), ("bias", "b"):
+            if prefix + before in state:
+                state.setdefault(prefix + after, state.pop(prefix + before))
+        return False
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        foreign = self._rename(state, prefix)
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+        if foreign:
+            unexpected.append(
+                f"{prefix}* of an nn.Linear, for a {type(self).__name__}: load it before the layer is "
+                "exchanged (`swap_head`); the way back from a head to plain layers is `ngc_etf.plain(model)`")
+
+# %% ../nbs/04c_layer.ipynb #c016
+_REPLICA = ("nn.DataParallel trains replicas, which forget the state of a head: "
+            "use DistributedDataParallel, one process for each device")
+
 class Head(_LinearMap):
     "The common part: features of norm tau in, logits (N, C) out; at evaluation a linear map."
     targets:Tensor|None # labels of the next training pass, for loops that call the head without them
 
     def __init__(self, d:int, C:int, tau:float=5., normalise:bool=True):
         super().__init__()
-        if not tau > 0: raise ValueError(f"tau, the norm of the features, must be positive, got tau={tau}")
+        _check_positive("tau", tau, "the norm of the features")
         self.d, self.C, self.tau, self.normalise, self.targets = d, C, tau, normalise, None
 
     def forward(self,
         h:Tensor,           # (N, d) raw features from the body
-        y:Tensor|None=None, # (N,) labels or (N, C) class probabilities; needed by the nearest head in training
+        y:Tensor|None=None, # (N,) labels or (N, C) class probabilities; needed by a nearest head in training
     )->Tensor:              # logits (N, C)
         "Logits in autocast's dtype where it is on, else in h's own."
         if isinstance(h, fx.Proxy): return _as_node(self, h, y)
+        if self.training and getattr(self, "_is_replica", False): raise RuntimeError(_REPLICA)
         check_batch(h, None, self.C, self.d)
         device = h.device.type
         auto = _knows_autocast(device) and torch.is_autocast_enabled(device)

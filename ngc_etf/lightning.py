@@ -7,7 +7,7 @@ __all__ = ['ETFModule', 'ETFCallback']
 
 # %% ../nbs/10b_lightning.ipynb #c005
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, partial, update_wrapper
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,6 +66,13 @@ def _is_theirs(module, method:str)->bool:
     "Whether a method is the user's, not Lightning's own."
     return "lightning" not in getattr(type(module), method).__module__.split(".")[0]
 
+def _replace(module, method:str, new):
+    "Put `new` in the place of a method, on this one object; the result undoes that."
+    before = vars(module).get(method)  # torch.compile may have done the same
+    setattr(module, method, new)
+    if before is None: return partial(vars(module).pop, method, None)
+    return partial(setattr, module, method, before)
+
 def _run_after(module, method:str, call):
     "Have `call` follow a module's own method; the result undoes that."
     theirs = getattr(module, method)
@@ -75,8 +82,7 @@ def _run_after(module, method:str, call):
         call()
         return result
 
-    setattr(module, method, both)
-    return partial(vars(module).pop, method, None)
+    return _replace(module, method, both)
 
 # %% ../nbs/10b_lightning.ipynb #c014
 def _two_samples(loader):
@@ -111,38 +117,30 @@ def _heads_in(state, module)->list:
     return found
 
 # %% ../nbs/10b_lightning.ipynb #c018
-class _Events(_Theirs):
-    "Labels go to the head as a training batch begins, and are taken back as it ends or fails."
-    head:Any = None              # a `Head`, once there is one
-    labels:Callable|None = None  # batch -> labels
-    _undo:list[Callable]         # what was wrapped
+def _second(batch):
+    "The labels of a batch (x, y)."
+    if isinstance(batch, (tuple, list)) and len(batch) == 2: return batch[1]
+    raise ValueError(f"a batch must be (x, y), got {type(batch).__name__}: say where the labels are, "
+                     "ETFCallback(labels=lambda batch: ...)")
 
-    def on_train_batch_start(
-        self, trainer:"Trainer", pl_module:"LightningModule", batch:Any, batch_idx:int,
-    )->None:
-        if self.labels is None and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-            raise ValueError(f"a batch must be (x, y), got {type(batch).__name__}: say where the labels are, "
-                             "ETFCallback(labels=lambda batch: ...)")
-        self.head.targets = batch[1] if self.labels is None else self.labels(batch)
+class _Fed:
+    "A module's `training_step`, before which the labels go to the head; they are taken back afterwards."
+    def __init__(self, step, head:Head, labels:Callable):
+        update_wrapper(self, step)  # Lightning looks at the arguments of what is wrapped
+        self.step, self.head, self.labels = step, head, labels
 
-    def on_train_batch_end(self, trainer:"Trainer", pl_module:"LightningModule", *args:Any)->None:
-        self.head.targets = None
-
-    def on_exception(self, trainer:"Trainer", pl_module:"LightningModule", exception:BaseException)->None:
-        self._restore()
-        if self.head is not None:
+    def __call__(self, batch, *args, **kwargs):
+        self.head.targets = self.labels(batch)
+        try:
+            return self.step(batch, *args, **kwargs)
+        finally:
             self.head.targets = None
 
-    def _restore(self, *args:Any, **kwargs:Any)->None:
-        "The module's own hooks again."
-        while self._undo:
-            self._undo.pop()()
-
-    on_fit_start = teardown = _restore
-
 # %% ../nbs/10b_lightning.ipynb #c020
-class _Callback(_Events):
+class _Callback(_Theirs):
     "Train a LightningModule with the nearest-ETF head: exchanges its classifier, hands over the labels."
+    head:Any = None  # a `Head`, once there is one
+
     def __init__(self,
         head:Head|Callable|None=None, # a `Head`, or a callable (d, C) -> Head; `NearestETFHead` when None
         at:str="",                    # as in `swap_head`: where the classifier is, if it cannot be told
@@ -155,8 +153,9 @@ class _Callback(_Events):
         if head is not None and kwargs:
             raise ValueError(f"give either a head or its arguments, got a head and {', '.join(kwargs)}")
         super().__init__()
-        self.make, self.labels, self.verbose = head or partial(NearestETFHead, **kwargs), labels, verbose
-        self.at, self.project, self.C, self._undo = at, project, C, []
+        self.make = head or (partial(NearestETFHead, **kwargs) if kwargs else None)
+        self.labels, self.verbose, self._undo = labels or _second, verbose, []
+        self.at, self.project, self.C = at, project, C
 
     def setup(self, trainer:"Trainer", pl_module:"LightningModule", stage:str)->None:
         exchange = partial(self._exchange, trainer, pl_module)
@@ -170,15 +169,19 @@ class _Callback(_Events):
             exchange()
 
     def _exchange(self, trainer, pl_module):
-        "Exchange the classifier, also in averages that were copied from the module before."
-        _, self.head, message = _swap_for_data(
-            pl_module, self.make, self.at, self.C, self.project, look=partial(_look, trainer))
-        if not message: return
-        self._say(trainer, message)
+        "Exchange the classifier, also in averages that were copied from the module before; feed the head."
         self._restore()
-        for cb in trainer.callbacks:
+        there = {*pl_module.modules()}
+        if self.head not in there:
+            _, self.head, message = _swap_for_data(
+                pl_module, self.make, self.at, self.C, self.project, look=partial(_look, trainer))
+            self._say(trainer, message)
+        averages = () if self.head in there else trainer.callbacks
+        for cb in averages:
             if cb is not self and getattr(cb, "_average_model", None) is not None:
                 cb.setup(trainer, pl_module, "fit")
+        fed = _Fed(pl_module.training_step, self.head, self.labels)
+        self._undo.append(_replace(pl_module, "training_step", fed))
 
     def _make_room(self, trainer, pl_module, state, *args):
         "A head for each that a checkpoint holds where the module has a linear layer."
@@ -189,6 +192,13 @@ class _Callback(_Events):
     def _say(self, trainer, message):
         if message and self.verbose and trainer.is_global_zero:
             print(f"ETFCallback: {message}")
+
+    def _restore(self, *args:Any, **kwargs:Any)->None:
+        "The module's own methods again."
+        while self._undo:
+            self._undo.pop()()
+
+    teardown = on_exception = _restore
 
 # %% ../nbs/10b_lightning.ipynb #c022
 _OURS = {"ETFModule": (_Module, "LightningModule"), "ETFCallback": (_Callback, "Callback")}

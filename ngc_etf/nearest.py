@@ -12,7 +12,7 @@ from torch import Tensor
 from .means import _need_tensor, at_least_float32
 from .procrustes import _polar
 from .proximal import procrustes_target, trust_region
-from .simplex import canonical_direction, check_classes
+from .simplex import _check_positive, canonical_direction, check_classes
 from .solvers import _SOLVE, _check_finite
 
 # %% ../nbs/03c_nearest.ipynb #c007
@@ -34,7 +34,7 @@ def _check(H, U_prox, delta, solver, start):
     check_classes(H.shape[1], H.shape[0])
     for name, X in (("H", H), ("U_prox", U_prox), ("start", start)):
         _check_like(name, X, H)
-    if not 0 < delta < float("inf"): raise ValueError(f"delta must be positive and finite, got delta={delta}")
+    _check_positive("delta", delta)
     if solver not in SOLVERS: raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
 
 # %% ../nbs/03c_nearest.ipynb #c009

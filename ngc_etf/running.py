@@ -17,14 +17,19 @@ from ngc_etf.means import (
 )
 
 # %% ../nbs/02a_running.ipynb #c006
+def _state_dtype()->torch.dtype:
+    "The type of a state: torch's default, but float32 at least."
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
 def smoothing(
     t:Tensor,                 # step, from 1
     alpha:str|float="paper",  # "paper": max(2/(t+1), 1e-4); "cumulative": 1/t; or a constant in (0, 1]
 )->Tensor:                    # the smoothing factor alpha_t; 1 at t = 1 whatever the choice
     "The smoothing factor of Eq. 9 at step t."
+    t = t.to(_state_dtype())
     if alpha == "paper": return (2 / (t+1)).clamp(min=1e-4)
     if alpha == "cumulative": return 1 / t
-    return torch.where(t == 1, torch.ones_like(t, dtype=torch.float32), float(alpha))
+    return torch.where(t == 1, torch.ones_like(t), float(alpha))
 
 def _check_alpha(alpha):
     "A `ValueError` for what `smoothing` does not know."
@@ -40,17 +45,19 @@ class Stateful(nn.Module):
             return t.to(new.device) if new.is_floating_point() and new.dtype.itemsize < 4 else new
         return super()._apply(move, recurse)
 
-    def _load_from_state_dict(self, state, prefix, metadata, strict, *args):
-        wrong = []
-        for k, v in self.state_dict(prefix=prefix, keep_vars=True).items():
-            if k not in state and strict:
+    def _load_from_state_dict(self, state, prefix, *args):
+        own, wrong = self.state_dict(prefix=prefix, keep_vars=True), []
+        for k, v in own.items() if own.keys() & state.keys() else ():
+            if k not in state:
                 wrong.append(f"{k} is missing there")
-            elif k in state and state[k].shape != v.shape:
+            elif state[k].shape != v.shape:
                 wrong.append(f"{k} is {tuple(state[k].shape)} there and {tuple(v.shape)} here")
+            elif v.is_floating_point():
+                state[k] = at_least_float32(state[k])  # for load_state_dict(..., assign=True)
         if wrong:
             raise ValueError("the state is of another kind, nothing of it was loaded into "
                              f"{type(self).__name__}: {'; '.join(wrong)}")
-        super()._load_from_state_dict(state, prefix, metadata, strict, *args)
+        super()._load_from_state_dict(state, prefix, *args)
 
 # %% ../nbs/02a_running.ipynb #c013
 class RunningGlobalMean(Stateful):
@@ -67,14 +74,14 @@ class RunningGlobalMean(Stateful):
         if not 0 < momentum <= 1: raise ValueError(f"momentum must lie in (0, 1], got {momentum}")
         self.momentum, self.check = momentum, ValueCheck() if validate else None
         self.register_buffer("t", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("h_G", torch.zeros(d))
+        self.register_buffer("h_G", torch.zeros(d, dtype=_state_dtype()))
 
     @torch.no_grad()
     def update(self, h_G:Tensor, used:Tensor)->None:
         "One step of the running mean, in place; none where `used`, a whole number, is 0."
         self.t.add_(used)
-        share = (1 / self.t.clamp(min=1)).clamp(min=self.momentum) * used
-        self.h_G.lerp_(h_G.to(self.h_G.dtype), share.to(self.h_G.dtype))
+        share = (1 / self.t.clamp(min=1).to(self.h_G.dtype)).clamp(min=self.momentum) * used
+        self.h_G.lerp_(h_G.to(self.h_G.dtype), share)
 
     def forward(self, h:Tensor)->Tensor: # (N, d) -> (d,)
         if not self.training: return self.h_G
@@ -127,8 +134,8 @@ class RunningMeans(Stateful):
         self.check = ValueCheck() if validate else None
         self.global_mean = RunningGlobalMean(d, validate=False)  # the features are checked here
         self.register_buffer("t", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("H_bar", torch.zeros(d, C))
-        self.register_buffer("seen", torch.zeros(C))
+        self.register_buffer("H_bar", torch.zeros(d, C, dtype=_state_dtype()))
+        self.register_buffer("seen", torch.zeros(C, dtype=_state_dtype()))
 
     def extra_repr(self)->str:
         return f"d={self.d}, C={self.C}, alpha={self.alpha!r}"

@@ -6,6 +6,8 @@
 __all__ = ['check_classes', 'centring', 'standard_etf', 'simplex_etf', 'canonical_direction', 'haar_direction']
 
 # %% ../nbs/01_simplex.ipynb #c003
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,18 @@ def centring(
     return torch.eye(C, dtype=dtype, device=device) - 1/C
 
 # %% ../nbs/01_simplex.ipynb #c009
+def _check_whole(**values):
+    "A `ValueError` for each argument that is no whole number."
+    for name, value in values.items():
+        if not hasattr(value, "__index__"):
+            raise ValueError(f"{name} must be a whole number, got {name}={value!r}")
+
+def _check_positive(name:str, value, what:str=""):
+    "A `ValueError` unless a number is positive and finite; `what` it is, in words."
+    if isinstance(value, (Real, Tensor)) and 0 < value < float("inf"): return
+    raise ValueError(f"{name}{what and f', {what},'} must be positive and finite, got {name}={value!r}")
+
+# %% ../nbs/01_simplex.ipynb #c012
 def standard_etf(
     C:int,                             # number of classes, at least 2
     dtype:torch.dtype|None=None,       # as in `torch.eye`
@@ -41,7 +55,7 @@ def standard_etf(
     "The standard simplex ETF of §3.1."
     return centring(C, dtype, device) / (C-1)**0.5
 
-# %% ../nbs/01_simplex.ipynb #c013
+# %% ../nbs/01_simplex.ipynb #c016
 def simplex_etf(
     C:int,                              # number of classes, at least 2
     d:int|None=None,                    # dimension the columns live in, at least C; C when None
@@ -61,7 +75,7 @@ def simplex_etf(
     U = U.to(dtype=dtype, device=device)
     return alpha * (C/(C-1))**0.5 * (U - U.mean(1, keepdim=True))
 
-# %% ../nbs/01_simplex.ipynb #c015
+# %% ../nbs/01_simplex.ipynb #c018
 def canonical_direction(
     d:int,                             # feature dimension, at least C
     C:int,                             # number of classes, at least 2

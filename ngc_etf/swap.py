@@ -6,6 +6,7 @@
 __all__ = ['swap_head']
 
 # %% ../nbs/05c_swap.ipynb #c003
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,17 +33,40 @@ def _new_head(make, d:int, C:int, project:bool)->tuple:
         raise ValueError(f"the head has d={head.d}, C={head.C}, the layer it replaces d={d}, C={C}")
     return head, proj
 
-def _reset_classes(model:nn.Module, name:str, C:int)->None:
-    "Another number of classes for the outermost part of the model that knows its classifier, as timm's do."
+def _reset_classes(model:nn.Module, name:str, before:int, C:int)->None:
+    "Another number of classes for whatever around the classifier knows it, as in transformers and timm."
     layer = model.get_submodule(name)
     part:Any  # knows more than nn.Module does
+    for part in [m for m in model.modules() if any(layer is inner for inner in m.modules())]:
+        for owner in (getattr(part, "config", None), part):
+            if getattr(owner, "num_labels", None) == before:
+                owner.num_labels = C
     for part in model.modules():
         theirs = part.get_classifier() if hasattr(part, "get_classifier") else None
         if isinstance(theirs, nn.Module) and any(m is layer for m in theirs.modules()):
             part.reset_classifier(C)
             return
 
-# %% ../nbs/05c_swap.ipynb #c007
+# %% ../nbs/05c_swap.ipynb #c008
+def _describe(head:Head, other:Head)->str:
+    "A head by its class, and by the options that another of this class has otherwise."
+    mine, theirs = (re.findall(r"\w+=[^,)\n]+", repr(h)) for h in (head, other))
+    options = [o for o in mine if o not in theirs] if type(head) is type(other) else []
+    return f"{type(head).__name__}({', '.join(options)})"
+
+def _keep(old:Head, place:str, wanted:Head|Callable|None)->str:
+    "What is to be said of a head that stays: nothing, where it is like the one that is wanted."
+    if wanted is None or wanted is old: return ""
+    with torch.random.fork_rng([]):
+        new = wanted if isinstance(wanted, Head) else wanted(old.d, old.C)
+    ours, theirs = _describe(old, new), _describe(new, old)
+    if new is wanted:
+        raise ValueError(f"the model ends in a head already, {ours} at {place!r}, so {theirs} cannot be put "
+                         "there: leave it out, or build the model anew")
+    if ours == theirs: return ""
+    return f"the head that is there, {ours} at {place!r}, stays; {theirs} was not used"
+
+# %% ../nbs/05c_swap.ipynb #c009
 def swap_head(
     model:nn.Module,                        # model that ends in nn.Linear or in one of our heads
     head:Head|Callable|None=None,           # a Head, or (d, C) -> Head; `NearestETFHead` when None
@@ -50,22 +74,22 @@ def swap_head(
     C:int|None=None,                        # number of classes; the layer's own when None
     project:bool=False,                     # where d < C, a trainable projection to C dimensions before it
     example:Tensor|tuple|Mapping|None=None, # as in `last_linear`
-)->tuple:                                   # model, head, and in words what was exchanged, if anything
-    "Exchange the model's classifier for a head of the same d and C; one of our heads stays."
+)->tuple:                                   # model, its head, and in words what was exchanged or not used
+    "Exchange the model's classifier for a head of the same d and C; a head of ours that is there stays."
     name = last_linear(model, at, example)
-    old = model.get_submodule(name)
+    old, place = model.get_submodule(name), name or "the top"
     if isinstance(old, Head):
         if C not in (None, old.C):
             raise ValueError(f"C={C}, but the model ends in a head already, with C={old.C}")
-        return model, old, ""
+        return model, old, _keep(old, place, head)
     d, before = _size(old)
-    C, place = C or before, name or "the top"
+    C = C or before
     if d == 0:
         raise ValueError(f"{type(old).__name__} at {place!r} does not know its input dimension yet: "
                          f"give a batch of inputs, example=x, or run the model once first")
     new, proj = _new_head(head, d, C, project)
     if C != before:
-        _reset_classes(model, name, C)
+        _reset_classes(model, name, before, C)
     weight = next(old.parameters())
     new.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
     layer = new if proj is None else nn.Sequential(proj.to(weight.device, weight.dtype), new)
@@ -77,7 +101,7 @@ def swap_head(
     message = f"{kind}(d={d}, C={before}) at {place!r} became {type(new).__name__}(C={C}){via}"
     return model if name else layer, new, message
 
-# %% ../nbs/05c_swap.ipynb #c013
+# %% ../nbs/05c_swap.ipynb #c015
 def _projection(
     d:int, # dimension of the features
     C:int, # dimension to reach, more than d
@@ -87,7 +111,7 @@ def _projection(
     nn.init.orthogonal_(proj.weight)
     return proj
 
-# %% ../nbs/05c_swap.ipynb #c020
+# %% ../nbs/05c_swap.ipynb #c022
 def _swap_for_data(
     model:nn.Module, # as in `swap_head`; so are head, at, C, project
     head, at, C, project,

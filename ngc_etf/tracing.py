@@ -69,7 +69,7 @@ class _CannotRun(ValueError):
     "The model does not run on the example."
 
 def _on(device, dtype, x):
-    "The example's first two samples, on the model's device; nested as they come."
+    "The example on the model's device, its floating-point tensors in the model's dtype; nested as it comes."
     if isinstance(x, Mapping): return {k: _on(device, dtype, v) for k, v in x.items()}
     if isinstance(x, (tuple, list)): return tuple(_on(device, dtype, v) for v in x)
     if not isinstance(x, Tensor): return x
@@ -93,6 +93,11 @@ def _call(model, example):
     return model(*_two(dict(enumerate(args))).values())
 
 # %% ../nbs/05a_tracing.ipynb #c016
+def _eager(modules):
+    "A context in which hooks are called, even where one of these modules is compiled."
+    compiled = any(m._compiled_call_impl is not None for m in modules)
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
 def _note(calls, name, flipped, module, args, output):
     "A forward hook: what `name` puts out, and whether it stays as it is; changed if it is to be flipped."
     calls.pop(name, None)
@@ -108,15 +113,15 @@ def _watch(
     "What these modules put out in one pass at evaluation; the model is left as it was."
     calls:dict = {}
     modes = [(m, m.training) for m in model.modules()]
-    hooks = [m.register_forward_hook(partial(_note, calls, n, n == flip != "")) for n, m in watched.items()]
-    compiled = any(m._compiled_call_impl is not None for m, _ in modes)  # there hooks would not be called
-    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    hooks = [m.register_forward_hook(partial(_note, calls, n, bool(flip) and n == flip))
+             for n, m in watched.items()]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     forked = [device] if device.type == "cuda" else []
     try:
         for m, _ in modes:
             m.training = False  # not by eval(), which may do more
-        with eager, torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(forked):
+        with (_eager(model.modules()), torch.inference_mode(False), torch.no_grad(),
+              torch.random.fork_rng(forked)):
             _call(model, example)
     except Exception as e:
         raise _CannotRun(f"the example does not run through {type(model).__name__}: {e}") from e

@@ -234,7 +234,23 @@ def test_trainer_needs_nothing_else(vit, tmp_path):
     assert other.means.t == t and gap(other) < 1e-4
 
 
+@pytest.mark.parametrize("before", [1, 2])
+def test_another_number_of_classes_reaches_the_loss(vit, before):
+    from ngc_etf.elsewhere import feed_labels
+
+    hf, build = vit
+    config = hf.ViTConfig(**(build().config.to_diff_dict() | {"num_labels": before}))
+    model, head, _ = swap_head(hf.ViTForImageClassification(config), C=4)
+    feed_labels(model)
+    x, y = torch.randn(8, 3, 8, 8), torch.arange(8) % 4
+    out = model(pixel_values=x, labels=y)
+    assert model.config.num_labels == model.num_labels == 4
+    assert torch.allclose(out.loss, F.cross_entropy(out.logits, y))
+
+
 def test_saved_with_its_head_and_loaded_after_the_exchange(vit, tmp_path):
+    from ngc_etf.elsewhere import feed_labels
+
     hf, build = vit
     model, head, _ = swap_head(build(), lambda d, C: NearestETFHead(d, C, start="haar"))
     x, y = torch.randn(8, 3, 8, 8), torch.arange(8) % 4
@@ -243,14 +259,17 @@ def test_saved_with_its_head_and_loaded_after_the_exchange(vit, tmp_path):
     head.targets = None
     model.eval().save_pretrained(tmp_path)
 
-    class ETFViT(hf.ViTForImageClassification):
+    class ETFViTForImageClassification(hf.ViTForImageClassification):  # the loss goes by the class's name
         def __init__(self, config):
             super().__init__(config)
             swap_head(self)
 
-    back, report = ETFViT.from_pretrained(tmp_path, output_loading_info=True)
+    back, report = ETFViTForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert torch.equal(back.eval()(x).logits, model(x).logits) and back.classifier.means.t == 1
+    feed_labels(back)
+    back.train()(pixel_values=x, labels=y).loss.backward()
+    assert back.classifier.means.t == 2
     _, report = hf.ViTForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert "classifier.U_prox" in report["unexpected_keys"]  # the library lists it
 
@@ -460,6 +479,56 @@ def test_lightning_labels_are_taken_back_after_an_error(lightning, tmp_path):
     with pytest.raises(RuntimeError, match="their own"):
         trainer(lightning, tmp_path, 1, ETFCallback(verbose=False)).fit(model, DATA)
     assert model.net[2].targets is None
+
+
+@pytest.mark.parametrize("kind", ["LearningRateFinder", "BatchSizeFinder", "Tuner"])
+def test_searches_that_take_the_callbacks_away(lightning, tmp_path, kind):
+    import lightning.pytorch.callbacks as known
+    from lightning.pytorch.tuner import Tuner
+
+    from ngc_etf.lightning import ETFCallback
+
+    model = theirs(lightning)
+    model.lr, model.batch_size = 1e-2, 8
+    model.train_dataloader = lambda: DataLoader(TensorDataset(X, Y), model.batch_size)
+    model.val_dataloader = model.train_dataloader
+    options = {
+        "LearningRateFinder": dict(num_training_steps=8, early_stop_threshold=None),
+        "BatchSizeFinder": dict(max_trials=2, steps_per_trial=2),
+    }
+    search = [] if kind == "Tuner" else [getattr(known, kind)(**options[kind])]
+    run = trainer(lightning, tmp_path, 1, ETFCallback(verbose=False), *search)
+    if kind == "Tuner":
+        Tuner(run).lr_find(model, num_training=8, early_stop_threshold=None)
+        assert model.net[2].means.t == 0 and "training_step" not in vars(model)
+    run.fit(model)
+    assert model.net[2].means.t == len(model.train_dataloader()) and gap(model.net[2]) < 1e-4
+    assert "training_step" not in vars(model) and model.net[2].targets is None
+
+
+def test_lightning_labels_that_the_step_makes_itself(lightning, tmp_path):
+    from ngc_etf.lightning import ETFCallback
+
+    def step(self, i):
+        self.net[2].targets = torch.full((16, 4), 0.25)
+
+    model = theirs(lightning, step)
+    trainer(lightning, tmp_path, 1, ETFCallback(verbose=False)).fit(model, DATA)
+    assert torch.equal(model.net[2].means.seen, torch.full((4,), 24.0))
+
+
+def test_a_second_callback_with_other_options_is_told(lightning, tmp_path, capsys):
+    from ngc_etf.lightning import ETFCallback
+
+    model, same = theirs(lightning), ETFCallback(tau=5.0)
+    trainer(lightning, tmp_path, 1, same).fit(model, DATA)
+    capsys.readouterr()
+    for cb in (same, ETFCallback(tau=5.0), ETFCallback()):
+        trainer(lightning, tmp_path, 1, cb).fit(model, DATA)
+    assert capsys.readouterr().out == ""
+    trainer(lightning, tmp_path, 1, ETFCallback(tau=9.0)).fit(model, DATA)
+    assert "(tau=5.0) at 'net.2', stays; NearestETFHead(tau=9.0) was not used" in capsys.readouterr().out
+    assert model.net[2].means.t == 30
 
 
 # ---- Lightning's life cycle
@@ -759,6 +828,38 @@ def test_onnx(tmp_path, kind, d, project):
         )
     graph = onnx.load(tmp_path / "m.onnx").graph
     assert graph.node and not SOLVERS & words(n.op_type for n in graph.node)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_body_of_another_precision_leaves_too(tmp_path, dtype, normalise):
+    from ngc_etf.elsewhere import plain, to_onnx
+
+    head = NearestETFHead(8, 4) if normalise else StandardHead(8, 4, normalise=False)
+    model, x = nn.Sequential(nn.Linear(2, 8).to(dtype), head), X.to(dtype)
+    model[1](model[0](x), Y)
+    want, eps = model.eval()(x), 4 * torch.finfo(dtype).eps * 8
+    for labels in (False, True):
+        bare = plain(model, labels)
+        assert bare(x).dtype == dtype and torch.allclose(bare(x), want, atol=eps, rtol=eps)
+    if dtype != torch.float64:  # a head of float64 computes alone, and one in float32 with W of float32
+        assert bare[1](torch.zeros(1, 8, dtype=dtype)).isfinite().all()
+    bare = plain(model)
+    assert not any(type(m).__module__.startswith("ngc_etf") for m in bare.modules())
+    torch.save(bare, tmp_path / "bare.pt")
+    code = f"import sys, torch; m = torch.load({str(tmp_path / 'bare.pt')!r}, weights_only=False); "
+    code += f"print(m(torch.zeros(2, 2, dtype={dtype})).dtype, 'ngc_etf' in sys.modules)"
+    assert python(code).stdout == f"{dtype} False\n"
+    onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+    to_onnx(model, x[:8], tmp_path / "m.onnx")
+    onnx.checker.check_model(tmp_path / "m.onnx", full_check=True)
+    if dtype == torch.bfloat16:  # ONNX Runtime has no such product on a CPU
+        return
+    session = runtime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    got = torch.tensor(session.run(["logits"], {"x": x[:7].numpy()})[0])
+    assert got.dtype == dtype and torch.allclose(got, want[:7], atol=eps, rtol=eps)
 
 
 @pytest.mark.slow

@@ -31,6 +31,8 @@ from fastai.vision.data import ImageDataLoaders
 from fastai.vision.learner import vision_learner
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader as TorchLoader
+from torch.utils.data import RandomSampler, TensorDataset
 from torchvision.models import resnet18
 
 from ngc_etf.agd import AGD
@@ -151,9 +153,10 @@ def convolutions(names, model):
 def test_fine_tune_trains_the_body_in_both_phases(folder, tmp_path, monkeypatch, mended):
     "The head alone in its group: without the mend phase one moves nothing but BatchNorms."
     if not mended:
-        monkeypatch.setattr("ngc_etf.callback._thaw", lambda opt: "")
+        monkeypatch.setattr("ngc_etf.callback._regroup", lambda learn: "")
     learn = vision(folder, tmp_path, Watch(), custom_head=bare_head())
-    assert [len(list(g)) > 0 for g in learn.splitter(learn.model)] == [True, True, False]
+    full = [len(list(g)) > 0 for g in learn.splitter(learn.model)]
+    assert full == ([False, True, True] if mended else [True, True, False])
     learn.fine_tune(1, 1e-2)
     one, two = (convolutions(m, learn.model) for m in learn.watch.moved)
     assert bool(one) == mended and two == convolutions(
@@ -340,10 +343,65 @@ def test_frozen_torch_optimiser_with_an_empty_group(tmp_path, capsys):
     )
     learn.freeze()
     learn.fit(1, 1e-2)
-    assert learn.watch.moved == [{"2.weight", "2.bias"}] and "unfroze group 1 of 3" in capsys.readouterr().out
+    assert learn.watch.moved == [{"2.weight", "2.bias"}]
+    assert "the last of 3 parameter groups held the classifier alone" in capsys.readouterr().out
     learn.unfreeze()
     learn.fit(1, 1e-2)
     assert learn.watch.moved[1] == {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+
+@pytest.mark.parametrize("when", ["before", "late", "by hand"])
+def test_the_body_gets_the_rate_of_the_last_group(tmp_path, when):
+    split = lambda m: [list(m[:3].parameters()), list(m[3].parameters())]
+    model = net()
+    if when == "by hand":
+        model[3] = NearestETFHead(model[3].in_features, C)
+    cbs = [NearestETF(verbose=False)]
+    early = () if when == "late" else cbs
+    learn = learner(tmp_path, Watch(), *early, etf=False, model=model, splitter=split)
+    learn.create_opt()
+    learn.fit(1, slice(1e-2), cbs=cbs if when == "late" else None)
+    rates = [(h["lr"], len(g)) for h, g in zip(learn.opt.hypers, learn.opt.param_lists)]
+    assert rates == [(1e-3, 0), (1e-2, 4)]
+    assert learn.watch.moved == [{"0.weight", "0.bias", "2.weight", "2.bias"}]
+    learn.freeze()
+    assert learn.opt.frozen_idx == 1 and len(learn.opt.param_lists[1]) == 4
+
+
+def test_a_head_that_is_not_used_is_reported_once(tmp_path, capsys):
+    learn = learner(tmp_path, NearestETF(tau=5.0, verbose=False), etf=False)
+    learn.to_etf(tau=10.0)
+    stays = "NearestETFHead(tau=5.0) at '3', stays; NearestETFHead(tau=10.0) was not used"
+    assert stays in capsys.readouterr().out and learn.etf.tau == 5.0
+    learn.fit(2, 1e-2)
+    learn.fit(1, 1e-2, cbs=NearestETF(tau=5.0))
+    learn.fit(1, 1e-2, cbs=NearestETF())
+    assert capsys.readouterr().out == "" and learn.etf.means.t == 16
+    with pytest.raises(ValueError, match="cannot be put there"):
+        learn.to_etf(NearestETFHead(learn.etf.d, C))
+
+
+@pytest.mark.parametrize("own", ["loader", "sampler", None])
+def test_own_generators_of_torchs_loaders_are_left_alone(tmp_path, own):
+    data = TensorDataset(*(torch.stack(column) for column in zip(*cloud())))
+
+    def weights(*cbs):
+        g = torch.Generator().manual_seed(1)
+        how = {"loader": dict(shuffle=True, generator=g), None: dict(shuffle=True)}
+        how["sampler"] = dict(sampler=RandomSampler(data, generator=g))
+        torch.manual_seed(0)
+        learn = learner(tmp_path, *cbs, etf=False, model=net())
+        if not cbs or isinstance(cbs[0], CollapseRecorder):
+            learn.model[3] = NearestETFHead(learn.model[3].in_features, C)
+        learn.dls = DataLoaders(TorchLoader(data, 16, **how[own]), TorchLoader(data, 16))
+        set_seed(0)
+        learn.add_cb(NearestETF(verbose=False))
+        learn.fit(2, 1e-2)
+        return learn.etf.weight
+
+    plain = weights()
+    for cb in (Watch(), CollapseRecorder(every=1)):  # with the first a look at the data finds the layer
+        assert torch.equal(weights(cb), plain)
 
 
 def test_refusals(tmp_path):

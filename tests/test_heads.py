@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import subprocess
 import sys
 
@@ -124,6 +125,101 @@ def test_the_schedule_of_solves(k):
         W, t = net.head.weight.clone(), net.head.means.t.item()
         net(x, y)
         assert torch.equal(W, net.head.weight) == (i % k != 0) and net.head.means.t == t + 1
+
+
+@pytest.mark.parametrize("Head", HEADS)
+@pytest.mark.parametrize("shape", [(D,), (2, 3, D), (2, 3, 4, D)])
+def test_features_of_any_shape_have_the_gradient_of_their_rows(Head, shape):
+    head, h = Head(D, C), torch.randn(shape)
+
+    def gradient(h):
+        leaf = h.clone().requires_grad_()
+        return torch.autograd.grad(head.features(leaf).pow(3).sum(), leaf)[0]
+
+    assert torch.allclose(gradient(h), gradient(h.reshape(-1, D)).reshape(shape), atol=1e-5)
+
+
+@pytest.fixture
+def bfloat16_by_default():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("start", ["canonical", "haar", "given"])
+def test_a_head_made_and_trained_in_bfloat16_is_the_one_of_float32(bfloat16_by_default, start):
+    torch.set_default_dtype(torch.float32)
+    U = haar_direction(D, C)
+    data = [(torch.randn(N, D), torch.randperm(N) % C) for _ in range(12)]
+
+    def train():
+        torch.manual_seed(1)
+        head = NearestETFHead(D, C, start=U if start == "given" else start)
+        for h, y in data:
+            head(h, y)
+        return head.state_dict()
+
+    want = train()
+    torch.set_default_dtype(torch.bfloat16)
+    got = train()
+    assert all(v.dtype == want[k].dtype and torch.equal(v, want[k]) for k, v in got.items())
+
+
+@pytest.mark.parametrize("Head", HEADS)
+def test_states_in_half_precision_are_kept_in_float32(bfloat16_by_default, Head):
+    head = Head(D, C)
+    dtypes = {k: v.dtype for k, v in head.state_dict().items()}
+    assert set(dtypes.values()) <= {torch.float32, torch.int64}
+    half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in head.state_dict().items()}
+    kept = dict(half)
+    for assign in (False, True):
+        other = Head(D, C)
+        other.load_state_dict(half, assign=assign)
+        assert {k: v.dtype for k, v in other.state_dict().items()} == dtypes
+    assert all(half[k] is kept[k] for k in half)  # the caller's own
+
+
+@pytest.mark.parametrize(
+    "name, bad, allowed",
+    [
+        ("tau", float("inf"), "positive and finite"),
+        ("tau", float("nan"), "positive and finite"),
+        ("tau", "5", "positive and finite"),
+        ("delta", float("inf"), "positive and finite"),
+        ("delta", "x", "positive and finite"),
+        ("delta", None, "positive and finite"),
+        ("d", 16.0, "a whole number"),
+        ("C", "6", "a whole number"),
+        ("start", [1], "canonical, haar"),
+        ("start", 1, "canonical, haar"),
+    ],
+)
+def test_options_are_named_with_what_is_allowed(name, bad, allowed):
+    for Head in HEADS if name in ("tau", "d", "C") else [NearestETFHead]:
+        with pytest.raises(ValueError, match=f"(?s)must be.*{allowed}.*got.*{re.escape(repr(bad))}"):
+            Head(**({"d": D, "C": C} | {name: bad}))
+
+
+@pytest.mark.parametrize("Head", HEADS)
+def test_replicas_of_data_parallel_are_refused(Head):
+    h, y = torch.randn(N, D), torch.arange(N) % C
+    head = Head(D, C)
+    replica = head._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        replica(h, y)
+    replica._parameters = {k: p.detach() for k, p in head.named_parameters()}  # as torch hands them out
+    replica.training = False
+    assert replica(h).shape == (N, C)  # to predict is no harm
+
+
+def test_a_part_of_a_state_is_refused_and_nothing_at_all_is_not():
+    head = NearestETFHead(D, C)
+    state = head.state_dict()
+    part = {k: v for k, v in state.items() if k != "W"}
+    for strict in (True, False):
+        with pytest.raises(ValueError, match="W is missing there"):
+            head.load_state_dict(part, strict=strict)
+    assert set(head.load_state_dict({}, strict=False).missing_keys) == set(state)
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.5, "2", None])

@@ -1,6 +1,7 @@
 "Which layer makes the output, and its exchange: traces, structure, torchvision, timm, adapters, lazy layers."
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn.utils import parametrizations
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from ngc_etf.classifier import last_linear
-from ngc_etf.heads import Head, NearestETFHead
+from ngc_etf.heads import FixedETFHead, Head, NearestETFHead, StandardHead
 from ngc_etf.simplex import centring
 from ngc_etf.swap import _swap_for_data, swap_head
 
@@ -64,7 +65,7 @@ def fc(C=C):
 def test_the_layer_that_is_used_not_the_one_registered_last():
     model = Net(fc=fc(), rot=fc(4))
     assert last_linear(model, example=X) == "fc"
-    with pytest.raises(ValueError, match=r"fc \(d=8, C=3\), rot \(d=8, C=4\); name one, at='fc' say"):
+    with pytest.raises(ValueError, match=r"fc \(d=8, C=3\), rot \(d=8, C=4\); give a batch"):
         swap_head(model)
     assert not any(isinstance(m, Head) for m in model.modules())  # as before the call
     model, head, message = swap_head(model, example=X)
@@ -362,6 +363,32 @@ def test_an_auxiliary_classifier_is_not_taken():
 
 
 # ---- the exchange
+
+
+def test_a_head_that_stays_is_named_beside_the_one_that_was_not_used():
+    model, head, _ = swap_head(nn.Sequential(nn.Linear(2, D), nn.Linear(D, C)), StandardHead)
+    before = torch.get_rng_state()
+    for other in (partial(NearestETFHead, start="haar"), FixedETFHead, partial(StandardHead, tau=9.0)):
+        same, kept, message = swap_head(model, other)
+        assert kept is head and "StandardHead(" in message and "stays;" in message
+    assert "StandardHead(tau=5.0) at '1', stays; StandardHead(tau=9.0) was not used" in message
+    assert torch.equal(before, torch.get_rng_state())  # what was made to compare is forgotten
+    for same in (None, head, StandardHead, partial(StandardHead, tau=5.0)):
+        assert swap_head(model, same) == (model, head, "")
+    with pytest.raises(ValueError, match=r"already, StandardHead\(\) at '1', so NearestETFHead\(\) cannot"):
+        swap_head(model, NearestETFHead(D, C))
+    assert model[1] is head
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_transformers_models_learn_their_number_of_classes(inner):
+    model = Net(fc=fc(2))
+    model.config, model.num_labels = SimpleNamespace(num_labels=2), 2
+    other = Net(fc=fc(2))
+    other.num_labels = 2
+    whole = Net(lambda m, h: m.a(h[:, :2]), a=model, b=other) if inner else model
+    swap_head(whole, at="a.fc" if inner else "fc", C=5)
+    assert (model.config.num_labels, model.num_labels, other.num_labels) == (5, 5, 2)
 
 
 @pytest.mark.parametrize("d, C, project", [(3, 8, True), (8, 8, True), (9, 8, True), (9, 8, False)])
