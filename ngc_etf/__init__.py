@@ -54,7 +54,7 @@ _MODULES = {
     "streams": "STREAMS measure_streams write_streams compare_ways",
     "figures": "curve show save_figure panels has_curves classes_grow step_times",
     "tables": "TABLES_1_2 TABLE_3 PAPER Cell accuracy_table verdict_table memory_table",
-    "outcomes": "floor_of summary sweep_table coverage",
+    "outcomes": "floor_of summary sweep_table coverage figure_table",
     "rules": "Evidence read_evidence Verdict",
     "judgement": "CLAIMS Claim judge sentences",
     "render": "as_markdown as_html as_latex",

@@ -19,12 +19,12 @@ from .figures import classes_grow, has_curves, panels, step_times
 from .judgement import judge, sentences
 from .known import SUITES
 from .machine import _command_output, _say
-from .outcomes import _epochs_to, _runs, coverage, floor_of, summary, sweep_table
+from .outcomes import (
+    _epochs_to, _figures_of, _runs, coverage, figure_table, floor_of, summary, sweep_table)
 from .reading import by_experiment, check_rows
 from .render import _configuration, _drop_unrun, _ours, _page, _picture, _wide, as_latex, as_markdown
 from .rules import Evidence, _by_machine, read_evidence
-from .tables import (
-    _TITLES, Cell, _base, _figures_of, _verdict, accuracy_table, figure_table, memory_table, verdict_table)
+from .tables import _TITLES, Cell, _base, _verdict, accuracy_table, memory_table, verdict_table
 
 # %% ../nbs/12g_report.ipynb #c007
 #| code-fold: true

@@ -152,6 +152,16 @@ class _Files:
 
 # %% ../nbs/11b_rows.ipynb #c020
 #| code-fold: true
+def _earlier(epoch, about, now, path)->list:
+    "The environments of rows up to an epoch, where they are not today's; a warning if the program changed."
+    then = about.get("environment", now)
+    if then.get("sources") != now["sources"]:
+        warnings.warn(f"{path}: epochs 1 to {epoch} were made by other sources of ngc_etf", stacklevel=3)
+    same = then == json.loads(json.dumps(now))
+    return about.get("earlier", []) + ([] if same else [{"until": epoch, "environment": then}])
+
+# %% ../nbs/11b_rows.ipynb #c021
+#| code-fold: true
 class Rows(_Files):
     "The files of one run: `append` rows, `save` them, `checkpoint` and `resume`."
     def append(self, epoch:int, **values:float)->None:
@@ -165,23 +175,12 @@ class Rows(_Files):
         _write_whole(self.csv, lambda f: table.to_csv(f, index=False, float_format="%.7g"))
         about = {"format": FORMAT, "experiment": self.exp.as_json, "C": self.C}
         about |= {"data": self.data} if self.data is not None else {}
-        about["environment"] = environment() | self.about
-        about |= self._earlier(about["environment"])
+        now = environment() | self.about
+        if self.resumed is not None:
+            self.earlier, self.resumed = _earlier(*self.resumed, now, self.csv), None
+        about |= {"environment": now} | ({"earlier": self.earlier} if self.earlier else {})
         text = json.dumps(about, indent=1) + "\n"
         _write_whole(self.json, lambda f: f.write(text.encode()))
-
-    def _earlier(self, now)->dict:
-        "The environments that earlier rows were made in, where they are not today's."
-        if self.resumed is not None:
-            epoch, about = self.resumed
-            self.resumed, self.earlier = None, about.get("earlier", [])
-            then = about.get("environment", now)
-            if then != json.loads(json.dumps(now)):
-                self.earlier = [*self.earlier, {"until": epoch, "environment": then}]
-            if then.get("sources") != now["sources"]:
-                message = f"{self.csv}: epochs 1 to {epoch} were made by other sources of ngc_etf"
-                warnings.warn(message, stacklevel=2)
-        return {"earlier": self.earlier} if self.earlier else {}
 
     def checkpoint(self, **state:Any)->None:
         "The last one only; all that a resumed run needs."
@@ -217,7 +216,7 @@ class Rows(_Files):
         "A context in which nobody else runs this cell."
         return _locked(self.lock) if self.write else nullcontext()
 
-# %% ../nbs/11b_rows.ipynb #c022
+# %% ../nbs/11b_rows.ipynb #c023
 #| code-fold: true
 def save_margins(
     rows:Rows,         # the run's files
