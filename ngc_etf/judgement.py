@@ -88,5 +88,5 @@ def sentences(
     most = max((n for (name, _), n in seeds.items() if name in cells), default=0)
     out.append(f"The rows are those of {_count('run', len(evidence.about))} of {of}, "
                f"with {_count('seed', seeds.min(), seeds.max())}; a verdict needs {_SEEDS}, "
-               f"and the cells of Tables 1 and 2 have {most or 'none'}.")
+               f"and no cell of Tables 1 and 2 has {f'more than {most}' if most else 'any'}.")
     return out

@@ -604,7 +604,7 @@ def test_one_is_singular(tmp_path, seeds, words):
             store(tmp_path, get_experiment("ufm-10", method=method, seed=seed, epochs=10))
     evidence = read_evidence(tmp_path)
     verdicts = judge(evidence)
-    need = "a verdict needs 3, and the cells of Tables 1 and 2 have none"
+    need = "a verdict needs 3, and no cell of Tables 1 and 2 has any"
     assert sentences(evidence, verdicts)[-1] == f"The rows are those of {words}; {need}."
     one = verdicts.assign(verdict=["untested"] + ["holds"] * (len(verdicts) - 1))
     assert sentences(evidence, one)[0].endswith("; 1 is untested.")
