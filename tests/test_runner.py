@@ -200,8 +200,8 @@ def test_a_full_disk(suffix, tmp_path, monkeypatch):
     whole = run(exp, tmp_path / "whole", progress=False)
 
     def full(path, write):
-        count.extend([1] * (path.suffix == suffix))
-        if path.suffix == suffix and len(count) == 3:
+        count.extend([1] * (path.suffixes == [suffix]))
+        if path.suffixes == [suffix] and len(count) == 3:
             path.with_name(path.name + ".part").symlink_to("/dev/full")
         replace(path, write)
 
