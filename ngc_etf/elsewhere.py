@@ -94,6 +94,7 @@ def _precisions(model)->set:
     within = {p for head in _heads(model).values() for p in head.parameters()}
     return {p.dtype for p in model.parameters() if p.is_floating_point() and p not in within}
 
+# %% ../nbs/10a_elsewhere.ipynb #c032
 @torch.no_grad()
 def plain(
     model:nn.Module,   # holds one of our heads, or several; stays as it is
@@ -118,7 +119,7 @@ def plain(
         model.set_submodule(name, layer.eval())
     return model
 
-# %% ../nbs/10a_elsewhere.ipynb #c036
+# %% ../nbs/10a_elsewhere.ipynb #c037
 def to_onnx(
     model:nn.Module, # holds one of our heads; exported at evaluation
     x:Tensor,        # an example of its input (N, ...), N at least 2

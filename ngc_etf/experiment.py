@@ -31,6 +31,8 @@ def _stem(experiment, method, seed):
     "A run's name: experiment/method-sSEED."
     return f"{experiment}/{method}-s{seed}"
 
+# %% ../nbs/11_experiment.ipynb #c009
+#| code-fold: true
 class _Answers:
     "What a description answers from its fields."
     def due(self, epoch:int)->bool:
@@ -73,7 +75,7 @@ class _Answers:
         "The fields as a JSON file gives them back."
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
-# %% ../nbs/11_experiment.ipynb #c010
+# %% ../nbs/11_experiment.ipynb #c011
 #| code-fold: true
 @dataclass(frozen=True)
 class Experiment(_Answers):
@@ -110,7 +112,7 @@ class Experiment(_Answers):
     def __post_init__(self)->None:
         _check(self)
 
-# %% ../nbs/11_experiment.ipynb #c012
+# %% ../nbs/11_experiment.ipynb #c013
 #| code-fold: true
 _ALLOWED = {
     "method": METHODS,
@@ -122,7 +124,7 @@ _ALLOWED = {
     "schedule": ("none", "onecycle"),
 }
 
-# %% ../nbs/11_experiment.ipynb #c014
+# %% ../nbs/11_experiment.ipynb #c015
 #| code-fold: true
 def _in_memory(data):
     "Is it the name of a data set that fits into memory?"
@@ -149,7 +151,7 @@ def _check(exp):
     if not 0 <= exp.seed < 2**63: raise ValueError(f"seed must lie in 0..2^63-1, got {exp.seed}")
     _check_together(exp)
 
-# %% ../nbs/11_experiment.ipynb #c016
+# %% ../nbs/11_experiment.ipynb #c017
 #| code-fold: true
 def _check_together(exp):
     "What depends on more than one field, or on more than a list."

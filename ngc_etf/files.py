@@ -73,6 +73,8 @@ def _lock(file, path):
     file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()
 
+# %% ../nbs/10e_files.ipynb #c013
+#| code-fold: true
 def _still_there(file, path):
     "Whether an open file is the one of this name, and not one that its last holder took away."
     try:

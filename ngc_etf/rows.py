@@ -155,7 +155,7 @@ class _Files:
 def _earlier(epoch, about, now, path)->list:
     "The environments of rows up to an epoch, where they are not today's; a warning if the program changed."
     then = about.get("environment", now)
-    if then.get("sources") != now["sources"]:
+    if then.get("sources", now["sources"]) != now["sources"]:
         warnings.warn(f"{path}: epochs 1 to {epoch} were made by other sources of ngc_etf", stacklevel=3)
     same = then == json.loads(json.dumps(now))
     return about.get("earlier", []) + ([] if same else [{"until": epoch, "environment": then}])

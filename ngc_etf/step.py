@@ -136,6 +136,8 @@ def make_loaders(
                world_size=world_size, clean=exp.clean)
     return dls, {"train": dls.train, "train_eval": dls[2], "test": dls.valid}
 
+# %% ../nbs/11c_step.ipynb #c019
+#| code-fold: true
 class _Sizes(NamedTuple):
     "Of a data set."
     C:int        # classes
@@ -157,7 +159,7 @@ def _sizes(exp, root="data"):
     train, test, channels, side = spec.shape
     return _Sizes(spec.C, train, test, (channels, side, side) if side > 1 else (channels,))
 
-# %% ../nbs/11c_step.ipynb #c022
+# %% ../nbs/11c_step.ipynb #c023
 #| code-fold: true
 class TrainingStep:
     "A network, its optimiser and loss, and a batch (x, y) to step on."
@@ -190,7 +192,7 @@ class TrainingStep:
         "The metrics of the own batch, as the rows of a run hold them."
         return measure_collapse(self.model, [(self.x.detach(), self.y)] * batches)
 
-# %% ../nbs/11c_step.ipynb #c024
+# %% ../nbs/11c_step.ipynb #c025
 #| code-fold: true
 def build_step(
     exp:Experiment,                       # what is trained
@@ -217,7 +219,7 @@ def _free_step(exp, device="cpu", **changes):
     head = make_head(exp, d, C, **changes).to(device)
     return TrainingStep(exp, Network(nn.Identity(), head), x, balanced_labels(C, N, device))
 
-# %% ../nbs/11c_step.ipynb #c030
+# %% ../nbs/11c_step.ipynb #c031
 #| code-fold: true
 @torch.no_grad()
 def restore(

@@ -456,6 +456,10 @@ def test_a_constant_that_ends_higher_is_better(tmp_path):
     better = evidence.rows.experiment.str.contains("0.1").map({False: 0.80, True: 0.83})
     verdict = _decaying_alpha(evidence._replace(rows=evidence.rows.assign(test_top1=better)))
     assert verdict.outcome == "fails" and "+3 points" in verdict.words
+    untested = evidence.rows.assign(test_top1=np.nan)  # as free features have it beside images
+    assert _decaying_alpha(evidence._replace(rows=untested)).outcome == "holds"
+    without = evidence.rows.drop(columns="test_top1")
+    assert _decaying_alpha(evidence._replace(rows=without)).outcome == "holds"
 
 
 @pytest.mark.parametrize("constant, outcome", [(9, "holds"), (3, "fails"), (5, "untested")])
