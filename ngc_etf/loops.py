@@ -75,12 +75,14 @@ def _begin_ufm(exp, rows, device):
         training.opt.load_state_dict(state["opt"])
     return training, state["epoch"], state["seconds"]
 
+_PAUSE = 60.  # seconds between two checkpoints of long iterations
+
 def _run_ufm(rows, device="cpu", progress=True, deadline=None):
     "Full-batch training of free features (§4, 'Unconstrained Feature Models')."
     exp = rows.exp
     training, done, before = _begin_ufm(exp, rows, device)
     x, y, head, begun = training.x, training.y, training.head, time.perf_counter() - before
-    steps = range(done + 1, exp.epochs + 1)
+    saved, steps = time.perf_counter(), range(done + 1, exp.epochs + 1)
     bar = tqdm(steps, desc=exp.stem, disable=not progress or None, mininterval=.5)
     for t in bar:
         for group in training.opt.param_groups:
@@ -92,10 +94,12 @@ def _run_ufm(rows, device="cpu", progress=True, deadline=None):
             rows.append(t, **values, seconds=seconds)
             bar.set_postfix(_postfix(values), refresh=False)
         late = _late(deadline, .5) and t < exp.epochs
-        if late or (t % 500 == 0 and t < exp.epochs):
+        long_ago = time.perf_counter() - saved > _PAUSE
+        if late or ((t % 500 == 0 or long_ago) and t < exp.epochs):
             rows.save()
             rows.checkpoint(epoch=t, h=x.data, head=head.state_dict(), opt=training.opt.state_dict(),
                             seconds=seconds)
+            saved = time.perf_counter()
         if late: raise OutOfTime(f"{exp.stem}: out of time after iteration {t} of {exp.epochs}")
     save_margins(rows, measure_collapse(head, [(x.data, y)], margins=True)["margins"])
 
