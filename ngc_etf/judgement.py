@@ -78,8 +78,9 @@ def sentences(
     "What holds, what fails, what is untested, and by how many runs it was judged."
     named = {o: verdicts.claim[verdicts.verdict == o].tolist() for o in ("holds", "fails", "untested")}
     n = {o: len(names) for o, names in named.items()}
-    out = [f"Of the paper's {len(verdicts)} measurable claims, the rows at hand bear out {n['holds']} and "
-           f"contradict {n['fails']}; {n['untested']} {'is' if n['untested'] == 1 else 'are'} untested."]
+    verbs = (("holds", "hold"), ("fails", "fail"), ("is untested", "are untested"))
+    hold, fail, open_ = (f"{number} {verb[number != 1]}" for number, verb in zip(n.values(), verbs))
+    out = [f"Of the paper's {len(verdicts)} measurable claims, {hold} by the rows at hand, {fail}; {open_}."]
     for outcome, word in (("holds", "Holds"), ("fails", "Fails"), ("untested", "Untested")):
         out.append(f"{word}: {', '.join(named[outcome]) or 'none'}.")
     seeds = evidence.rows.groupby(["experiment", "method"]).seed.nunique()

@@ -109,16 +109,18 @@ def _common_end(runs):
     end = min(run.epoch.max() for group in runs.values() for run in group)
     return {name: [run[run.epoch <= end] for run in group] for name, group in runs.items()}
 
+def _arrival(run, column, line, falls):
+    "The first epoch at the line; of what falls, the one from which the run stays below."
+    if not falls: return run.epoch[run[column] >= line].min()
+    above = run.epoch[run[column] > line].max()  # NaN where the run never was above
+    return run.epoch[~(run.epoch <= above)].min()
+
 def _epochs(runs, column, falls=False):
     "For each line: {name: median epochs to it}."
-    runs, out = _common_end(runs), []
-    for line in _lines(runs, column, falls):
-        first = {}
-        for name, group in runs.items():
-            there = [run.epoch[run[column] <= line if falls else run[column] >= line].min() for run in group]
-            first[name] = float(np.median(there))
-        out.append(first)
-    return out
+    runs = _common_end(runs)
+    return [{name: float(np.median([_arrival(run, column, line, falls) for run in group]))
+             for name, group in runs.items()}
+            for line in _lines(runs, column, falls)]
 
 # %% ../nbs/12c_rules.ipynb #c019
 #| code-fold: true
