@@ -114,7 +114,7 @@ class _DirectedHead(Head):
     def is_etf(self, eps:float=1e-5)->bool:
         "Whether U_prox is orthonormal and W its ETF, to eps."
         W = _etf_rows(at_least_float32(self.U_prox))
-        return not max(_gap(self.U_prox), (self.W - W).abs().max().item()) > eps
+        return _gap(self.U_prox) <= eps and bool((self.W - W).abs().max() <= eps)  # False for NaN
 
     @torch.no_grad()
     def reproject(self)->None:
@@ -126,7 +126,7 @@ class _DirectedHead(Head):
     def train(self, mode:bool=True)->Self:
         "As in `nn.Module`; at evaluation W is an ETF."
         if not (mode or self.U_prox.is_meta or self._is_sealed()):
-            if not self.is_etf():
+            if not self.is_etf() and self.U_prox.isfinite().all():
                 self.reproject()
             self._seal()
         return super().train(mode)

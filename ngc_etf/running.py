@@ -103,7 +103,7 @@ def _unit(
 )->Tensor:        # H̃ (d, C)
     "H̃ = H̄ / |H̄|; zero, or zero up to rounding, gives zero and no gradient."
     info = torch.finfo(H_bar.dtype)
-    rounding = (10*info.eps * h_G.detach().norm()).clamp(min=info.tiny)
+    rounding = (10*info.eps * H_bar.shape[1]**.5 * h_G.detach().norm()).clamp(min=info.tiny)
     real = H_bar.detach().norm() > rounding
     safe = torch.where(real, H_bar, 1.)  # a norm of zero would have a second derivative of NaN
     return torch.where(real, safe / safe.norm(), 0.)

@@ -148,6 +148,7 @@ _SOLVE = {"svd": _svd, "gram": _gram, "newton_schulz": _newton_schulz, "polar": 
 _AUTO = {"cpu": "gram", "cuda": "newton_schulz"}  # by device; `ngc_cost solver` measures it
 
 def _solve(P, solver="auto"):
+    if not P.numel(): return _svd(P)  # a batch of none
     first = _AUTO.get(P.device.type, "newton_schulz") if solver == "auto" else solver
     for name in dict.fromkeys((first, "gram", "svd", "newton_schulz")):
         try:

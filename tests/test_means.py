@@ -109,6 +109,17 @@ def test_a_large_common_offset_costs_no_digits():
     torch.testing.assert_close(h_G_shifted, (h_G + 2.0**20).float())
 
 
+@pytest.mark.parametrize("classes", [10, 300, 1000])
+def test_equal_features_have_no_direction(classes):
+    "Classes of unequal size have means that differ by rounding, however many they are."
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(classes, (20 * classes,), generator=g)
+    h = torch.rand(64, generator=g).expand(len(y), 64).clone().requires_grad_()
+    H = RunningMeans(64, classes)(h, y)[0]
+    assert H.norm() == 0
+    assert torch.autograd.grad(H.sum(), h)[0].norm() == 0
+
+
 # ---- as on a GPU: verdicts arrive later, and the step goes on without them
 
 

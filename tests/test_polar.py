@@ -146,6 +146,17 @@ def test_batches(solver):
     assert torch.allclose(nested.reshape(4, 5, 3), torch.stack([grad(cubes)(X) for X in P]), atol=1e-11)
 
 
+@pytest.mark.parametrize("solver", CLOSED)
+def test_a_batch_of_none(solver):
+    "No matrix, no warning: nothing has failed."
+    P = torch.zeros(0, 5, 3, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        U = polar(P, solver)
+        grad = torch.autograd.grad(U.sum(), P)[0]
+    assert U.shape == grad.shape == (0, 5, 3)
+
+
 def test_vmap_over_one_argument_and_a_gradient_outside():
     H, U_prox = torch.stack([means(6, 3, k) for k in range(3)]), haar(6, 3)
     for kw in (dict(), dict(start=U_prox)):
