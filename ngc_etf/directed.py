@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layer import Head
+from .layer import Head, _is_looked_into
 from .means import _no_autocast, at_least_float32, processes
 from .procrustes import polar
 from .running import RunningMeans, _state_dtype
@@ -150,5 +150,4 @@ class _AboutMean(torch.autograd.Function):
 def _mean_is_plain(y)->bool:
     "Whether h_G is the plain mean of this process's features, and autograd alone is at work."
     hard = y is None or not y.is_floating_point()
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return hard and processes() == 1 and not traced
+    return hard and processes() == 1 and not _is_looked_into()

@@ -27,8 +27,8 @@ def polar_vjp(
     "Solve SY + YS = U'v - v'U in S's eigenbasis; then dL/dP = UY + (I - UU')v S^-1. Finite for any s >= 0."
     sums, Utv = s[..., :, None] + s[..., None, :], U.mT @ v
     inverse = torch.where(sums > 2*_negligible(s, U.shape[-2])[..., None], 1 / sums, 0.)
-    K = V.mT @ Utv @ V
-    Y = V @ ((K - K.mT) * inverse) @ V.mT  # skew before the division: a diagonal of rounding would grow
+    K = V.mT @ (Utv - Utv.mT) @ V
+    Y = V @ ((K - K.mT) / 2 * inverse) @ V.mT  # skew to the last bit: rounding on the diagonal would grow
     if U.shape[-2] == U.shape[-1]: return U @ Y  # UU' = I; its rounding, times S^-1, would be seen
     S_inv = (V * (2*inverse.diagonal(dim1=-2, dim2=-1))[..., None, :]) @ V.mT
     return v @ S_inv + U @ (Y - Utv @ S_inv)
