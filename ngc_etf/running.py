@@ -15,6 +15,7 @@ from ngc_etf.means import (
     _NON_FINITE, ValueCheck, _all_sum, _centre, _checked_sums, _class_means, at_least_float32, check_batch,
     class_sums,
 )
+from .simplex import _check_whole
 
 # %% ../nbs/02a_running.ipynb #c006
 def _state_dtype()->torch.dtype:
@@ -129,6 +130,7 @@ class RunningMeans(Stateful):
         validate:bool=True,      # check labels and features (on a GPU one step late, without a stall)
     ):
         super().__init__()
+        _check_whole(d=d, C=C)
         _check_alpha(alpha)
         self.d, self.C, self.alpha = d, C, alpha
         self.check = ValueCheck() if validate else None
