@@ -104,10 +104,10 @@ def _complete(P, start):
     s[r:] = 0
     seen, V0 = Q[:, :r], Vh[r:].mT
     part = _wide(start.detach()) @ V0
-    N = qr(torch.cat([seen, part], 1))[0][:, r:]
+    Z = qr(torch.cat([seen, part], 1))[0][:, r:]
     if r < len(s):
-        N = N @ _gram(N.mT @ part)[0]
-    U = seen @ Vh[:r] + N @ V0.mT
+        Z = Z @ _gram(Z.mT @ part)[0]
+    U = seen @ Vh[:r] + Z @ V0.mT
     return tuple(X.to(P) for X in (U, s, Vh.mT))
 
 # %% ../nbs/03a_solvers.ipynb #c025
