@@ -95,7 +95,10 @@ def haar_direction(
     "A direction drawn uniformly from the Stiefel manifold (§4; Mezzadri 2007)."
     check_classes(C, d)
     where = generator.device if generator is not None else device
-    A = torch.randn(d, C, generator=generator, device=where, dtype=torch.float64)
+    try:
+        A = torch.randn(d, C, generator=generator, device=where, dtype=torch.float64)
+    except (TypeError, RuntimeError):  # a device without float64, as Apple's GPUs are
+        A = torch.randn(d, C, generator=generator, device=where, dtype=torch.float32).cpu().double()
     Q, R = qr(A)
     U = Q * R.diagonal().sign()
     return U.to(dtype=dtype or torch.get_default_dtype(), device=device)
