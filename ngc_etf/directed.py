@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layer import Head
+from .layer import Head, _is_looked_into
 from .means import _no_autocast, at_least_float32, processes
 from .procrustes import polar
 from .running import RunningMeans, _state_dtype
@@ -114,7 +114,7 @@ class _DirectedHead(Head):
     def is_etf(self, eps:float=1e-5)->bool:
         "Whether U_prox is orthonormal and W its ETF, to eps."
         W = _etf_rows(at_least_float32(self.U_prox))
-        return not max(_gap(self.U_prox), (self.W - W).abs().max().item()) > eps
+        return _gap(self.U_prox) <= eps and bool((self.W - W).abs().max() <= eps)  # False for NaN
 
     @torch.no_grad()
     def reproject(self)->None:
@@ -126,7 +126,7 @@ class _DirectedHead(Head):
     def train(self, mode:bool=True)->Self:
         "As in `nn.Module`; at evaluation W is an ETF."
         if not (mode or self.U_prox.is_meta or self._is_sealed()):
-            if not self.is_etf():
+            if not self.is_etf() and self.U_prox.isfinite().all():
                 self.reproject()
             self._seal()
         return super().train(mode)
@@ -150,5 +150,4 @@ class _AboutMean(torch.autograd.Function):
 def _mean_is_plain(y)->bool:
     "Whether h_G is the plain mean of this process's features, and autograd alone is at work."
     hard = y is None or not y.is_floating_point()
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return hard and processes() == 1 and not traced
+    return hard and processes() == 1 and not _is_looked_into()

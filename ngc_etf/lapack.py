@@ -67,6 +67,7 @@ def _first_right(
 ):
     "The first answer that is right; `RuntimeError` if there is none, `ValueError` if an argument has NaN."
     shape = tuple(args[0].shape)
+    if args[0].is_meta: return next(iter(routes.values()))(*args)  # a shape has no values to be wrong
     for name, route in routes.items():
         try:
             answer = route(*args)

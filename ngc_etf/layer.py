@@ -9,6 +9,7 @@ __all__ = ['Head']
 from contextlib import nullcontext
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
@@ -21,6 +22,11 @@ def _scale(h, tau):
     "tau / |h|, row by row; 0 where h is 0."
     norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
     return (norm > 0) * tau / norm.clamp(min=1e-12)
+
+def _is_looked_into()->bool:
+    "Whether a compiler, `torch.func` or forward mode is at work, for whom a function of our own is closed."
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active(): return True
+    return forward_ad._current_level >= 0
 
 class _OnSphere(torch.autograd.Function):
     "x = tau h / |h|, row by row, and the scale s = tau / |h|."
@@ -74,8 +80,7 @@ class _LinearMap(_Repeatable):
         h = h.to(torch.promote_types(torch.promote_types(h.dtype, self.W.dtype), torch.float32))
         if not self.normalise: return h
         if not self.training: return self.tau * F.normalize(h, dim=-1)
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return h * _scale(h, self.tau)  # a compiler joins the passes itself
+        if _is_looked_into(): return h * _scale(h, self.tau)  # a compiler joins the passes itself
         return _OnSphere.apply(h, self.tau)[0]
 
     def _linear(self, x):

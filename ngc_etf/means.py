@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .simplex import _check_whole
+
 # %% ../nbs/02_means.ipynb #c006
 def processes()->int:
     "How many processes train together: 1 without torch.distributed."
@@ -220,6 +222,7 @@ def centred_means(
     C:int,    # number of classes
 )->tuple:     # H_bar (d, C), h_G (d,), counts (C,)
     "The centred class means H̄ of Eqs. 4-5, the global mean, the counts; an absent class has a zero column."
+    _check_whole(C=C)
     labels, check = check_batch(h, y, C), ValueCheck()
     sums, counts = _checked_sums(h, labels, C, check)
     check.raise_late(wait=True)

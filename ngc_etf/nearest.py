@@ -60,6 +60,7 @@ def nearest_etf(
     _check(H, U_prox, delta, solver, start)
     H = at_least_float32(H if U_prox is None else H.to(torch.promote_types(H.dtype, U_prox.dtype)))
     P = procrustes_target(H, None if U_prox is None else U_prox.to(H.dtype), delta)
+    start = None if start is None else start.detach()  # like U_prox, it is given
     given = dict(H=H, U_prox=U_prox, start=start)
     if U_prox is None and start is None:
         d, C = H.shape

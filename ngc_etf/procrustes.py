@@ -27,7 +27,9 @@ def polar_vjp(
     "Solve SY + YS = U'v - v'U in S's eigenbasis; then dL/dP = UY + (I - UU')v S^-1. Finite for any s >= 0."
     sums, Utv = s[..., :, None] + s[..., None, :], U.mT @ v
     inverse = torch.where(sums > 2*_negligible(s, U.shape[-2])[..., None], 1 / sums, 0.)
-    Y = V @ ((V.mT @ (Utv - Utv.mT) @ V) * inverse) @ V.mT
+    K = V.mT @ (Utv - Utv.mT) @ V
+    Y = V @ ((K - K.mT) / 2 * inverse) @ V.mT  # skew to the last bit: rounding on the diagonal would grow
+    if U.shape[-2] == U.shape[-1]: return U @ Y  # UU' = I; its rounding, times S^-1, would be seen
     S_inv = (V * (2*inverse.diagonal(dim1=-2, dim2=-1))[..., None, :]) @ V.mT
     return v @ S_inv + U @ (Y - Utv @ S_inv)
 
@@ -43,14 +45,18 @@ def _polar_vjp_products(
     v, # (..., d, C) dL/dU
 ):
     "`polar_vjp` by products and Cholesky factors: no eigenvectors, no waiting for the device."
-    eye, size, Utv = _eye_like(S), torch.linalg.matrix_norm(S, keepdim=True), U.mT @ v
-    S_inv = _cholesky_inverse(S + 10*torch.finfo(S.dtype).eps*size*eye)
-    S_inv = S_inv @ (2*eye - S @ S_inv)
+    eye, norm, Utv = _eye_like(S), torch.linalg.matrix_norm(S, keepdim=True), U.mT @ v
+    size = norm * torch.linalg.matrix_norm((S/norm) @ (S/norm), keepdim=True).sqrt()
     p = 1e-2 * size
     R = _cholesky_inverse(S + p*eye)
     A, Y = eye - 2*p*R, 2*p * R @ (Utv - Utv.mT) @ R
     for _ in range(_SQUARINGS[S.dtype]):
         Y, A = Y + A @ Y @ A, A @ A
+    Y = (Y - Y.mT) / 2
+    if U.shape[-2] == U.shape[-1]: return U @ Y
+    S_inv = _cholesky_inverse(S + 10*torch.finfo(S.dtype).eps*size*eye)
+    for _ in range(5):
+        S_inv = S_inv @ (2*eye - S @ S_inv)
     return v @ S_inv + U @ (Y - Utv @ S_inv)
 
 # %% ../nbs/03b_procrustes.ipynb #c015

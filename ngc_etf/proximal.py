@@ -77,6 +77,8 @@ def _trust_region(
     from pymanopt.optimizers import TrustRegions
     def host(X):
         return None if X is None else X.cpu().double().numpy()
+    for name, X in (("H", H), ("U_prox", U_prox), ("start", start)):
+        if not (X is None or X.isfinite().all()): raise ValueError(f"{name} has non-finite entries")
     problem = etf_problem(host(H), host(U_prox), delta)
     optimiser = TrustRegions(max_iterations=iterations, min_gradient_norm=tolerance, verbosity=0)
     return torch.as_tensor(optimiser.run(problem, initial_point=host(start)).point).to(H)

@@ -65,8 +65,7 @@ def simplex_etf(
     device:torch.device|str|None=None,  # as in `torch.eye`; U's own when U is given
 )->Tensor:                              # M (d, C)
     "The simplex ETF M = alpha sqrt(C/(C-1)) U Π of Eq. 1; differentiable in U."
-    if not alpha > 0:
-        raise ValueError(f"alpha is the norm of each column and must be positive, got alpha={alpha}")
+    _check_positive("alpha", alpha, "the norm of each column")
     if U is None:
         U = canonical_direction(C if d is None else d, C, dtype=dtype, device=device)
     if U.ndim != 2 or U.shape[1] != C or (d is not None and U.shape[0] != d):
@@ -96,7 +95,10 @@ def haar_direction(
     "A direction drawn uniformly from the Stiefel manifold (§4; Mezzadri 2007)."
     check_classes(C, d)
     where = generator.device if generator is not None else device
-    A = torch.randn(d, C, generator=generator, device=where, dtype=torch.float64)
+    try:
+        A = torch.randn(d, C, generator=generator, device=where, dtype=torch.float64)
+    except (TypeError, RuntimeError):  # a device without float64, as Apple's GPUs are
+        A = torch.randn(d, C, generator=generator, device=where, dtype=torch.float32).cpu().double()
     Q, R = qr(A)
     U = Q * R.diagonal().sign()
     return U.to(dtype=dtype or torch.get_default_dtype(), device=device)

@@ -104,10 +104,10 @@ def _complete(P, start):
     s[r:] = 0
     seen, V0 = Q[:, :r], Vh[r:].mT
     part = _wide(start.detach()) @ V0
-    N = qr(torch.cat([seen, part], 1))[0][:, r:]
+    Z = qr(torch.cat([seen, part], 1))[0][:, r:]
     if r < len(s):
-        N = N @ _gram(N.mT @ part)[0]
-    U = seen @ Vh[:r] + N @ V0.mT
+        Z = Z @ _gram(Z.mT @ part)[0]
+    U = seen @ Vh[:r] + Z @ V0.mT
     return tuple(X.to(P) for X in (U, s, Vh.mT))
 
 # %% ../nbs/03a_solvers.ipynb #c025
@@ -148,6 +148,7 @@ _SOLVE = {"svd": _svd, "gram": _gram, "newton_schulz": _newton_schulz, "polar": 
 _AUTO = {"cpu": "gram", "cuda": "newton_schulz"}  # by device; `ngc_cost solver` measures it
 
 def _solve(P, solver="auto"):
+    if not P.numel(): return _svd(P)  # a batch of none
     first = _AUTO.get(P.device.type, "newton_schulz") if solver == "auto" else solver
     for name in dict.fromkeys((first, "gram", "svd", "newton_schulz")):
         try:

@@ -90,6 +90,9 @@ def main():
         raise AssertionError("the emulated device took a float64")
     except TypeError:
         pass
+    with Factories(), torch.no_grad():
+        U = haar_direction(12, 4, dtype=torch.float32, device="apple")
+    assert U.device.type == "apple" and (U.inner.T @ U.inner - torch.eye(4)).abs().max() < 1e-5
     collapsed = U_prox @ standard_etf(4)
     for solver in ("auto", "svd", "gram", "newton_schulz"):
         for means in (H / H.norm(), collapsed):

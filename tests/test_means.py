@@ -109,6 +109,26 @@ def test_a_large_common_offset_costs_no_digits():
     torch.testing.assert_close(h_G_shifted, (h_G + 2.0**20).float())
 
 
+def test_a_number_of_classes_is_a_whole_number(batch):
+    h, y = batch
+    with pytest.raises(ValueError, match="C must be a whole number, got C=4.0"):
+        centred_means(h, y, 4.0)
+    with pytest.raises(ValueError, match="d must be a whole number, got d=2.5"):
+        RunningMeans(2.5, 4)
+    assert centred_means(h, y, y.max() + 1)[2].sum() == len(y)
+
+
+@pytest.mark.parametrize("classes", [10, 300, 1000])
+def test_equal_features_have_no_direction(classes):
+    "Classes of unequal size have means that differ by rounding, however many they are."
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(classes, (20 * classes,), generator=g)
+    h = torch.rand(64, generator=g).expand(len(y), 64).clone().requires_grad_()
+    H = RunningMeans(64, classes)(h, y)[0]
+    assert H.norm() == 0
+    assert torch.autograd.grad(H.sum(), h)[0].norm() == 0
+
+
 # ---- as on a GPU: verdicts arrive later, and the step goes on without them
 
 

@@ -221,6 +221,38 @@ def test_products_only_adjoint(dtype, tol):
     )
 
 
+@pytest.mark.parametrize("dtype,kappas", [(torch.float32, (1e4, 1e5, 1e6)), (F64, (1e6, 1e8, 1e10))])
+@pytest.mark.parametrize("C", [3, 200])
+def test_products_only_adjoint_at_a_large_condition(dtype, kappas, C):
+    "The error is that of rounding, times the condition number, however many classes there are."
+    U, V = haar(C + 20, C).to(dtype), haar(C, C, 2)
+    v = torch.randn(C + 20, C, dtype=F64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for kappa in kappas:
+        s = torch.ones(C, dtype=F64)
+        s[-2:] = 1 / kappa
+        S = ((V * s) @ V.T).to(dtype)
+        S = (S + S.T) / 2
+        expected = polar_vjp(U.double(), *torch.linalg.eigh(S.double()), v.double())
+        got = procrustes._polar_vjp_products(U, S, v)
+        assert (got - expected).norm() / expected.norm() < 10 * kappa * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("solver", CLOSED)
+def test_gradient_of_a_square_frame(solver):
+    "For d = C nothing lies outside the span of U: the smallest singular value costs no digit."
+    s = torch.tensor([1.0, 0.5, 1e-4], dtype=F64)
+    P, v = (haar(3, 3) * s @ haar(3, 3, 2).T).float(), haar(3, 3, 3)
+    Q, s, Vh = torch.linalg.svd(P.double())
+    K = Q.T @ v @ Vh.T
+    expected = Q @ ((K - K.T) / (s[:, None] + s)) @ Vh
+    X = P.clone().requires_grad_()
+    grad = torch.autograd.grad((polar(X, solver) * v.float()).sum(), X)[0]
+    assert (grad - expected).norm() / expected.norm() < 1e-5
+    U = Q @ Vh
+    products = procrustes._polar_vjp_products(U.float(), (U.T @ P.double()).float(), v.float())
+    assert (products - expected).norm() / expected.norm() < 1e-5
+
+
 @pytest.mark.parametrize("dtype,kappa,tol", [(torch.float32, 1e3, 1e-3), (F64, 1e6, 1e-8)])
 def test_newton_schulz_fixed_schedule(monkeypatch, dtype, kappa, tol):
     "The number of steps fixed in advance is enough, without looking at the device."
@@ -302,6 +334,7 @@ def test_inputs_are_not_changed():
 def test_no_gradient_to_U_prox():
     U_prox = haar(12, 3).requires_grad_()
     assert not nearest_etf(means(12, 3), U_prox).requires_grad
+    assert not nearest_etf(means(12, 3), start=U_prox).requires_grad
 
 
 def failing(*a, **k):
@@ -417,6 +450,9 @@ REFUSED = [
     (lambda: nearest_etf(H / 0, U_PROX), "H has .* non-finite entries of 100"),
     (lambda: nearest_etf(H, U_PROX * float("nan")), "U_prox has 100 non-finite entries"),
     (lambda: nearest_etf(H, start=U_PROX * float("nan")), "start has 100 non-finite entries"),
+    (lambda: nearest_etf(H / 0, U_PROX, solver="trust_region"), "H has .*non-finite entries"),
+    (lambda: trust_region(H, U_PROX / 0), "U_prox has non-finite entries"),
+    (lambda: trust_region(H, start=U_PROX / 0), "start has non-finite entries"),
     (lambda: polar(H.T), "P must be .* d >= C"),
     (lambda: polar(H, "trust_region"), "got 'trust_region'"),
 ]

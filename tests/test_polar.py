@@ -3,11 +3,13 @@
 import subprocess
 import sys
 import warnings
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.autograd.forward_ad as forward_ad
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.library import opcheck
@@ -15,6 +17,7 @@ from torch.utils import backend_registration
 
 from ngc_etf import lapack
 from ngc_etf.adjoint import vjp_one_cholesky
+from ngc_etf.heads import FixedETFHead, NearestETFHead, StandardHead
 from ngc_etf.implicit import ddn_jacobian, lagrange_multipliers
 from ngc_etf.nearest import nearest_etf
 from ngc_etf.procrustes import _derivative, _polar, polar
@@ -133,6 +136,18 @@ def test_under_autocast_the_second_derivative_is_exact_too():
 # ---- batches
 
 
+@pytest.mark.parametrize("Head", [StandardHead, FixedETFHead, NearestETFHead])
+def test_forward_mode_through_a_head_in_training(Head):
+    head, y, t = Head(6, 3).double(), torch.arange(9) % 3, 1e-6
+    h, v = randn(9, 6), randn(9, 6, seed=1)
+    head(randn(9, 6, seed=2), y)
+    ahead, behind = deepcopy(head)(h + t * v, y), deepcopy(head)(h - t * v, y)
+    with forward_ad.dual_level():
+        along_v = forward_ad.unpack_dual(head(forward_ad.make_dual(h, v), y)).tangent
+        torch.testing.assert_close(along_v, (ahead - behind) / (2 * t), atol=1e-6, rtol=1e-5)
+    head(h, y)  # no tangent stays behind in the state
+
+
 @pytest.mark.parametrize("solver", CLOSED)
 def test_batches(solver):
     P = torch.stack([matrix(k) for k in SPECTRA])
@@ -144,6 +159,17 @@ def test_batches(solver):
     assert torch.allclose(moved, loop.movedim(0, 1), atol=1e-13)
     nested = vmap(vmap(grad(lambda P: (polar(P, solver) ** 3).sum())))(P.reshape(2, 2, 5, 3))
     assert torch.allclose(nested.reshape(4, 5, 3), torch.stack([grad(cubes)(X) for X in P]), atol=1e-11)
+
+
+@pytest.mark.parametrize("solver", CLOSED)
+def test_a_batch_of_none(solver):
+    "No matrix, no warning: nothing has failed."
+    P = torch.zeros(0, 5, 3, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        U = polar(P, solver)
+        grad = torch.autograd.grad(U.sum(), P)[0]
+    assert U.shape == grad.shape == (0, 5, 3)
 
 
 def test_vmap_over_one_argument_and_a_gradient_outside():

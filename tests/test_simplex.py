@@ -49,8 +49,9 @@ def test_a_haar_direction_is_reproducible():
         (lambda: simplex_etf(4, d=3), "d=3 and C=4"),
         (lambda: simplex_etf(4, U=torch.eye(7, 3)), r"shape \(d, 4\), got \(7, 3\)"),
         (lambda: simplex_etf(4, d=6, U=torch.eye(7, 4)), r"shape \(6, 4\), got \(7, 4\)"),
-        (lambda: simplex_etf(4, alpha=0.0), "positive, got alpha=0"),
-        (lambda: simplex_etf(4, alpha=float("nan")), "positive, got alpha=nan"),
+        (lambda: simplex_etf(4, alpha=0.0), "positive and finite, got alpha=0"),
+        (lambda: simplex_etf(4, alpha=float("nan")), "positive and finite, got alpha=nan"),
+        (lambda: simplex_etf(4, alpha=float("inf")), "positive and finite, got alpha=inf"),
     ],
 )
 def test_what_cannot_be_is_named(call, message):
@@ -60,3 +61,6 @@ def test_what_cannot_be_is_named(call, message):
 
 def test_no_values_are_needed():
     assert simplex_etf(4, 7, device="meta").shape == (7, 4)
+    assert haar_direction(7, 4, device="meta").shape == (7, 4)
+    with torch.device("meta"):  # as a model is made whose weights come from a file
+        assert haar_direction(7, 4).is_meta
