@@ -104,12 +104,12 @@ KINDS = [
 
 @pytest.mark.parametrize("Head, kw, steps", KINDS)
 def test_many_steps(Head, kw, steps):
-    "Losses to 1e-5, while a class is unseen as well; train and eval switch back and forth."
+    "Losses to 5e-5, while a class is unseen as well; train and eval switch back and forth."
     graphs = Graphs()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         losses, apart, eager, twin = compare(Head(D, C, **kw), steps, graphs, switch=(5, steps // 2))
-    assert (losses[:, 0] - losses[:, 1]).abs().max() < 1e-5 and apart < 1e-3
+    assert (losses[:, 0] - losses[:, 1]).abs().max() < 5e-5 and apart < 1e-3
     assert graphs.n == 2  # training and evaluation
     for name, value in eager.state_dict().items():
         if value.dtype == torch.int64:
