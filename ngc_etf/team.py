@@ -64,7 +64,7 @@ class SharedBatchNorm(nn.BatchNorm2d):
         wide = [-1 if i == 1 else 1 for i in range(x.ndim)]
         count = x.new_tensor([x.numel() / channels])
         total, n = _reduce(torch.cat([x.sum(over), count])).split([channels, 1])
-        if n < 2: raise ValueError("BatchNorm needs two values a channel in training, got one in all processes")
+        if n < 2: raise ValueError("BatchNorm needs two values a channel in training, got one in all")
         mean = total / n
         var = _reduce((x - mean.view(wide)).square().sum(over)) / n
         with torch.no_grad():
