@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .heads import Head
+from .swap import _names
 
 # %% ../nbs/10a_elsewhere.ipynb #c008
 def _need(
@@ -116,7 +117,8 @@ def plain(
         if others - {dtype} and not labels:
             layer = fx.symbolic_trace(_Cast(*layers))
         if not name: return layer.eval()
-        model.set_submodule(name, layer.eval())
+        for n in _names(model, head):
+            model.set_submodule(n, layer.eval())
     return model
 
 # %% ../nbs/10a_elsewhere.ipynb #c037
