@@ -148,6 +148,7 @@ class _Fed:
 class _Callback(_Theirs):
     "Train a LightningModule with the nearest-ETF head: exchanges its classifier, hands over the labels."
     head:Any = None  # a `Head`, once there is one
+    _undo:list       # what to call when the fit is over
 
     def __init__(self,
         head:Head|Callable|None=None, # a `Head`, or a callable (d, C) -> Head; `NearestETFHead` when None

@@ -44,7 +44,7 @@ def _reset_classes(model:nn.Module, name:str, before:int, C:int)->None:
     for part in [m for m in model.modules() if any(layer is inner for inner in m.modules())]:
         for owner in (getattr(part, "config", None), part):
             if getattr(owner, "num_labels", None) == before:
-                owner.num_labels = C
+                setattr(owner, "num_labels", C)
     for part in model.modules():
         theirs = part.get_classifier() if hasattr(part, "get_classifier") else None
         if isinstance(theirs, nn.Module) and any(m is layer for m in theirs.modules()):
