@@ -76,6 +76,7 @@ def last_linear(
     watched = example is not None and (_size(top) or (0,))[0] == 0
     made = _trace(model, at, example) if watched else None
     ends = made or heads or _ends(at, top)
+    ends = {n: m for n, m in ends.items() if n == next(k for k in ends if ends[k] is m)}  # its first name
     name, layer = [*ends.items()][-1]
     kind, place = type(model).__name__, repr(name or "at the top")
     if _size(layer) is None:

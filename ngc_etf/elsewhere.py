@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .heads import Head
+from .swap import _names
 
 # %% ../nbs/10a_elsewhere.ipynb #c008
 def _need(
@@ -70,7 +71,7 @@ def feed_labels(
                          f"call swap_head first, or say which")
     return _Feed(model, heads[0], name)
 
-# %% ../nbs/10a_elsewhere.ipynb #c031
+# %% ../nbs/10a_elsewhere.ipynb #c033
 def _without_feeds(model:nn.Module)->nn.Module:
     "The model without hooks of `feed_labels`."
     hooks = [h for m in model.modules() for h in m._forward_pre_hooks.values()]
@@ -94,7 +95,7 @@ def _precisions(model)->set:
     within = {p for head in _heads(model).values() for p in head.parameters()}
     return {p.dtype for p in model.parameters() if p.is_floating_point() and p not in within}
 
-# %% ../nbs/10a_elsewhere.ipynb #c032
+# %% ../nbs/10a_elsewhere.ipynb #c034
 @torch.no_grad()
 def plain(
     model:nn.Module,   # holds one of our heads, or several; stays as it is
@@ -116,10 +117,11 @@ def plain(
         if others - {dtype} and not labels:
             layer = fx.symbolic_trace(_Cast(*layers))
         if not name: return layer.eval()
-        model.set_submodule(name, layer.eval())
+        for n in _names(model, head):
+            model.set_submodule(n, layer.eval())
     return model
 
-# %% ../nbs/10a_elsewhere.ipynb #c037
+# %% ../nbs/10a_elsewhere.ipynb #c039
 def to_onnx(
     model:nn.Module, # holds one of our heads; exported at evaluation
     x:Tensor,        # an example of its input (N, ...), N at least 2

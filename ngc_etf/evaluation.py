@@ -24,7 +24,7 @@ from .means import as_labels, at_least_float32
 from .metrics import _batch
 from .solvers import _has_float64
 from .streaming import NeuralCollapse
-from .tracing import _CannotRun, _eager
+from .tracing import _CannotRun, _eager, _size
 
 # %% ../nbs/06d_evaluation.ipynb #c006
 def _to(x, device):
@@ -67,6 +67,13 @@ def _around(model, name):
     parts = name.split(".")
     return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
 
+def _rows(layer)->tuple:
+    "W (C, d) and b of a classifier; those of an adapter, with its correction, are read off its map."
+    if isinstance(layer, (nn.Linear, Head)): return layer.weight, layer.bias
+    d, like = cast(tuple, _size(layer))[0], next(layer.parameters())
+    out = layer(torch.eye(d+1, d, dtype=like.dtype, device=like.device))  # the last row is zero
+    return (out[:-1] - out[-1]).mT, out[-1]
+
 # %% ../nbs/06d_evaluation.ipynb #c010
 def _classifier(model, at, batch)->str:
     "The name of the layer that makes the logits, by a trace on a batch's inputs where there is one."
@@ -78,10 +85,15 @@ def _classifier(model, at, batch)->str:
     return last_linear(model, at)
 
 # %% ../nbs/06d_evaluation.ipynb #c012
+def _is_softmax(out, z):
+    "Whether `out` are the probabilities of the logits z, to half a per cent."
+    return out.shape == z.shape and z.ndim == 2 and torch.allclose(z.softmax(1).to(out), out, 5e-3, 1e-4)
+
 class _Probe:
     "What goes into a classifier and comes out of it, batch by batch."
     def __init__(self, model, name):
         self.model, self.name, self.layer, self.calls = model, name, model.get_submodule(name), []
+        self.d, self.C = cast(tuple, _size(self.layer))
 
     def __enter__(self):
         self.hook = self.layer.register_forward_hook(self._catch, with_kwargs=True)
@@ -92,7 +104,8 @@ class _Probe:
 
     def _catch(self, layer, args, kwargs, out):
         h = args[0] if args else next(iter(kwargs.values()))
-        self.calls.append((layer.features(h) if isinstance(layer, Head) else h, out))
+        h = layer.features(h) if isinstance(layer, Head) else h
+        self.calls.append((h.clone(), out))  # whatever the model does to its features afterwards
 
     def __call__(self, x):
         "Features (N, d), and logits (N, C) in float32 or better, of the inputs x."
@@ -102,8 +115,9 @@ class _Probe:
             raise ValueError(f"the classifier {self.name!r} must be called once in a forward pass, got "
                              f"{len(self.calls)} calls: name another one, at='...'")
         h, z = self.calls.pop()
-        z = at_least_float32(out if isinstance(out, Tensor) else z)
-        C = len(self.layer.weight)
+        z, C = at_least_float32(z), self.C
+        if isinstance(out, Tensor) and not _is_softmax(out, z):
+            z = at_least_float32(out)
         if z.ndim != 2 or z.shape[1] != C:
             raise ValueError(f"the logits must have shape (N, {C}), as the classifier {self.name!r} has {C} "
                              f"rows, got {tuple(z.shape)}")
@@ -197,21 +211,21 @@ def measure_collapse(
     first = next(batches, None)
     if first is None and not joined: raise ValueError("loader must hold at least one batch, got none")
     name = _classifier(model, at, first)
-    layer = cast(Head|nn.Linear, model.get_submodule(name))
-    tallies = [torch.zeros(3 + _BINS)]
-    (C, d), device = layer.weight.shape, layer.weight.device
-    samples = _Samples(C, d, device, math.inf if margins else store, joined)
-    with _evaluation(model), _eager(_around(model, name)), _Probe(model, name) as probe:
+    tallies, probe = [torch.zeros(3 + _BINS)], _Probe(model, name)
+    device = next(chain(probe.layer.parameters(), probe.layer.buffers())).device
+    samples = _Samples(probe.C, probe.d, device, math.inf if margins else store, joined)
+    with _evaluation(model), _eager(_around(model, name)), probe:
         for x, y in chain([first] if first else [], batches):
             h, z = probe(_to(x, device))
             classes, tally = _score(h, z, torch.as_tensor(y).as_subclass(Tensor).to(device))
             samples.add(h, classes)
             tallies.append(tally.cpu())
-        each = samples.judge(layer.weight, layer.bias)
+        W, b = _rows(probe.layer)
+        each = samples.judge(W, b)
     total = torch.stack(tallies).double().sum(0)
     if joined:
         total, each = _joint(total, each if margins else None, device)
     out = {"loss": total[1] / total[0], "top1": total[2] / total[0]}
-    out |= samples.metric.compute(layer.weight, layer.bias) | {"ece": total[3:].abs().sum() / total[0]}
+    out |= samples.metric.compute(W, b) | {"ece": total[3:].abs().sum() / total[0]}
     values:dict = {k: float(v) for k, v in out.items()}
     return values | {"margins": each.sort().values} if margins else values

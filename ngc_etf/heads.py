@@ -62,6 +62,7 @@ class StandardHead(Head):
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
+        self._raw = False
         self.project_rows()
 
     def to_linear(self)->nn.Linear:

@@ -123,6 +123,14 @@ def _second(batch):
     raise ValueError(f"a batch must be (x, y), got {type(batch).__name__}: say where the labels are, "
                      "ETFCallback(labels=lambda batch: ...)")
 
+_LEFT_BEHIND = (
+    "this strategy trains a copy of the module in a process of its own, and the module itself would be left "
+    "with its linear layer: exchange that before the fit, ngc_etf.swap_head(module), or take strategy='ddp'")
+
+def _is_a_copy(trainer)->bool:
+    "Whether the module lives in a process that Lightning's launcher has made, as `ddp_spawn` does."
+    return hasattr(trainer.strategy.launcher, "_start_method")
+
 class _Fed:
     "A module's `training_step`, before which the labels go to the head; they are taken back afterwards."
     def __init__(self, step, head:Head, labels:Callable):
@@ -140,6 +148,7 @@ class _Fed:
 class _Callback(_Theirs):
     "Train a LightningModule with the nearest-ETF head: exchanges its classifier, hands over the labels."
     head:Any = None  # a `Head`, once there is one
+    _undo:list       # what to call when the fit is over
 
     def __init__(self,
         head:Head|Callable|None=None, # a `Head`, or a callable (d, C) -> Head; `NearestETFHead` when None
@@ -173,6 +182,8 @@ class _Callback(_Theirs):
         self._restore()
         there = {*pl_module.modules()}
         if self.head not in there:
+            if _is_a_copy(trainer) and not any(isinstance(m, Head) for m in there):
+                raise ValueError(_LEFT_BEHIND)
             _, self.head, message = _swap_for_data(
                 pl_module, self.make, self.at, self.C, self.project, look=partial(_look, trainer))
             self._say(trainer, message)

@@ -19,7 +19,7 @@ from .means import _centre, as_labels
 from .metrics import (
     _batch, _checked_classifier, _disagree, _dual, _f64, _margins, _matrix, cosine_margins)
 from .moments import _MOMENTS, _absorb, _chan, _from_moments, _with_classifier
-from .simplex import check_classes
+from .simplex import _check_whole, check_classes
 from .solvers import _has_float64
 
 # %% ../nbs/06c_streaming.ipynb #c008
@@ -191,8 +191,11 @@ class NeuralCollapse(_Judge):
         validate:bool=True,              # look at every batch's values; False saves a GPU some waiting
         **kwargs:Any,                    # as in `torchmetrics.Metric`
     ):
+        _check_whole(C=C, d=d, bins=bins)
         check_classes(C)
         if d < 1: raise ValueError(f"d, the feature dimension, must be positive, got d={d}")
+        if dtype not in (torch.float64, torch.float32):
+            raise ValueError(f"dtype must be torch.float64 or torch.float32, got {dtype}")
         if bins < 0: raise ValueError(f"bins must not be negative, got bins={bins}")
         super().__init__(C, d, dtype, scatter, bins, **kwargs)
         self.validate = validate

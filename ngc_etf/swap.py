@@ -33,6 +33,10 @@ def _new_head(make, d:int, C:int, project:bool)->tuple:
         raise ValueError(f"the head has d={head.d}, C={head.C}, the layer it replaces d={d}, C={C}")
     return head, proj
 
+def _names(model:nn.Module, layer:nn.Module)->list:
+    "All names under which a layer is registered."
+    return [n for n, m in model.named_modules(remove_duplicate=False) if m is layer]
+
 def _reset_classes(model:nn.Module, name:str, before:int, C:int)->None:
     "Another number of classes for whatever around the classifier knows it, as in transformers and timm."
     layer = model.get_submodule(name)
@@ -40,7 +44,7 @@ def _reset_classes(model:nn.Module, name:str, before:int, C:int)->None:
     for part in [m for m in model.modules() if any(layer is inner for inner in m.modules())]:
         for owner in (getattr(part, "config", None), part):
             if getattr(owner, "num_labels", None) == before:
-                owner.num_labels = C
+                setattr(owner, "num_labels", C)
     for part in model.modules():
         theirs = part.get_classifier() if hasattr(part, "get_classifier") else None
         if isinstance(theirs, nn.Module) and any(m is layer for m in theirs.modules()):
@@ -88,20 +92,21 @@ def swap_head(
         raise ValueError(f"{type(old).__name__} at {place!r} does not know its input dimension yet: "
                          f"give a batch of inputs, example=x, or run the model once first")
     new, proj = _new_head(head, d, C, project)
+    names = _names(model, old)
     if C != before:
         _reset_classes(model, name, before, C)
     weight = next(old.parameters())
     new.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
     layer = new if proj is None else nn.Sequential(proj.to(weight.device, weight.dtype), new)
     layer.train(old.training)
-    if name:
-        model.set_submodule(name, layer)
+    for n in filter(None, names):
+        model.set_submodule(n, layer)
     kind = "nn.Linear" if isinstance(old, nn.Linear) else type(old).__name__
     via = "" if proj is None else f" behind a projection to {new.d} dimensions"
     message = f"{kind}(d={d}, C={before}) at {place!r} became {type(new).__name__}(C={C}){via}"
     return model if name else layer, new, message
 
-# %% ../nbs/05c_swap.ipynb #c015
+# %% ../nbs/05c_swap.ipynb #c017
 def _projection(
     d:int, # dimension of the features
     C:int, # dimension to reach, more than d
@@ -111,7 +116,7 @@ def _projection(
     nn.init.orthogonal_(proj.weight)
     return proj
 
-# %% ../nbs/05c_swap.ipynb #c022
+# %% ../nbs/05c_swap.ipynb #c024
 def _swap_for_data(
     model:nn.Module, # as in `swap_head`; so are head, at, C, project
     head, at, C, project,

@@ -45,7 +45,7 @@ def join_team(
         atexit.register(_leave)
     return dist.get_rank(), dist.get_world_size(), device
 
-# %% ../nbs/10d_team.ipynb #c012
+# %% ../nbs/10d_team.ipynb #c011
 #| code-fold: true
 class SharedBatchNorm(nn.BatchNorm2d):
     "BatchNorm without affine parameters over the batch of all processes, on any device."
@@ -57,13 +57,14 @@ class SharedBatchNorm(nn.BatchNorm2d):
     def forward(self,
         x:Tensor, # (N, ch, H, W), or (N, ch)
     )->Tensor:    # of the same shape
-        if not self.training: return super().forward(x)
+        if not (self.training and dist.is_initialized()): return super().forward(x)
         x = at_least_float32(x)
         channels = x.shape[1]
         over = [i for i in range(x.ndim) if i != 1]
         wide = [-1 if i == 1 else 1 for i in range(x.ndim)]
         count = x.new_tensor([x.numel() / channels])
         total, n = _reduce(torch.cat([x.sum(over), count])).split([channels, 1])
+        if n < 2: raise ValueError("BatchNorm needs two values a channel in training, got one in all")
         mean = total / n
         var = _reduce((x - mean.view(wide)).square().sum(over)) / n
         with torch.no_grad():
@@ -75,7 +76,7 @@ class SharedBatchNorm(nn.BatchNorm2d):
     def _check_input_dim(self, x):
         if x.ndim not in (2, 4): raise ValueError(f"expected (N, ch) or (N, ch, H, W), got {tuple(x.shape)}")
 
-# %% ../nbs/10d_team.ipynb #c014
+# %% ../nbs/10d_team.ipynb #c013
 #| code-fold: true
 def share_norms(
     net:nn.Module,           # with BatchNorm layers
@@ -88,7 +89,7 @@ def share_norms(
             m.__class__ = SharedBatchNorm
     return net
 
-# %% ../nbs/10d_team.ipynb #c018
+# %% ../nbs/10d_team.ipynb #c017
 #| code-fold: true
 class Share(Callback):
     "The gradient of the whole batch's mean loss, from this process's share."

@@ -144,10 +144,11 @@ def _tensors(out)->list:
 
 def _is_derived(z:Tensor, out:Tensor)->bool:
     "Whether `out` is the log-softmax of z, or a multiple of it."
-    if z.shape != out.shape or z.ndim != 2: return False
+    if z.shape != out.shape or z.ndim != 2 or not out.is_floating_point(): return False
+    rtol = max(1e-3, *(torch.finfo(t.dtype).eps for t in (z, out)))
     z, out = z.double(), out.double()
     scale = (z * out).sum() / z.square().sum()
-    return any(torch.allclose(w, out, rtol=1e-3, atol=1e-5) for w in (z.log_softmax(1), scale * z))
+    return any(torch.allclose(w, out, rtol=rtol, atol=1e-5) for w in (z.log_softmax(1), scale * z))
 
 def _makers(calls:dict, out:Tensor)->list:
     "Names of the layers that made this tensor: by its memory, else by its numbers."

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import pickle
 import re
 import subprocess
@@ -465,6 +466,51 @@ def test_lightning_labels_projection_and_refusals(lightning, tmp_path, capsys):
         trainer(lightning, tmp_path, 1, ETFCallback()).fit(theirs(lightning, d=3), DATA)
     with pytest.raises(ValueError, match="a head and delta"):
         ETFCallback(NearestETFHead(8, 4), delta=0.1)
+
+
+SPAWNED = """
+import sys, torch, lightning as L
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from ngc_etf import ETFCallback, swap_head
+
+class Theirs(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+    def training_step(self, batch, i):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+if __name__ == "__main__":
+    module = Theirs()
+    data = DataLoader(TensorDataset(torch.randn(64, 8), torch.arange(64) % 4), batch_size=16)
+    if sys.argv[1] == "swapped":
+        swap_head(module)
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    run = L.Trainer(
+        strategy="ddp_spawn", devices=1, accelerator="cpu", max_epochs=1, callbacks=[ETFCallback()],
+        **dict.fromkeys(quiet, False))
+    run.fit(module, data)
+    print("steps:", module.net[-1].means.steps(), module.net[-1].is_etf())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layer, says", [("linear", "exchange that before the fit"), ("swapped", "steps: 4 True")]
+)
+def test_lightning_trains_a_copy_in_another_process(lightning, tmp_path, layer, says):
+    (tmp_path / "train.py").write_text(SPAWNED)
+    command = [sys.executable, tmp_path / "train.py", layer]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert says in done.stdout + done.stderr and (done.returncode == 0) == (layer == "swapped"), done.stderr
 
 
 def test_lightning_labels_are_taken_back_after_an_error(lightning, tmp_path):

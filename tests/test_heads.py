@@ -885,6 +885,22 @@ def test_the_authors_standard_head_projects_after_the_first_step():
     assert torch.allclose(head.weight.norm(dim=1), torch.ones(C))
 
 
+def test_the_authors_standard_head_continues_from_a_state():
+    h, y, heads = torch.randn(N, D), torch.arange(N) % C, []
+    for cut in (False, True):
+        torch.manual_seed(0)
+        head = StandardHead(D, C, project_first=False)
+        for step in range(4):
+            if cut and step == 2:
+                state, head = head.state_dict(), StandardHead(D, C, project_first=False)
+                head.load_state_dict(state)
+            loss = F.cross_entropy(head(h), y)
+            with torch.no_grad():
+                head.weight.sub_(torch.autograd.grad(loss, head.weight)[0])  # off the sphere
+        heads.append(head)
+    assert torch.equal(*(head.weight for head in heads))
+
+
 HEAVY = "pymanopt scipy fastai torchvision matplotlib pandas seaborn sklearn torchmetrics PIL".split()
 
 

@@ -343,6 +343,9 @@ def _refusals():
         ("means alone", lambda: fed.judge(W, means=means), "got only means"),
         ("d = 0", lambda: NeuralCollapse(6, 0), "d=0"),
         ("bins < 0", lambda: NeuralCollapse(6, 16, bins=-1), "bins=-1"),
+        ("d not whole", lambda: NeuralCollapse(6, 16.0), "d must be a whole number, got d=16.0"),
+        ("C not whole", lambda: NeuralCollapse("6", 16), "C must be a whole number, got C='6'"),
+        ("states too coarse", lambda: NeuralCollapse(6, 16, dtype=torch.bfloat16), "got torch.bfloat16"),
     ]
 
 
@@ -633,6 +636,60 @@ def test_labels_of_a_loader(y):
     close(
         {"loss": loss}, {"loss": F.cross_entropy(_network()(x), soft if y == "soft" else hard).item()}, 1e-6
     )
+
+
+class Adapter(nn.Module):
+    "A linear layer and a correction of low rank; its `weight`, if any, is that of the layer alone."
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer, self.lora_A = base, nn.Linear(base.in_features, 2, bias=False)
+        self.lora_B = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
+class WithWeight(Adapter):
+    weight = property(lambda self: self.base_layer.weight)
+
+
+@pytest.mark.parametrize("kind", [Adapter, WithWeight])
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_adapter_is_measured_with_its_correction(kind, bias):
+    x, y = _images()
+    body = _network()[:2]
+    layer = kind(nn.Linear(8, 6, bias=bias))
+    W = (layer.base_layer.weight + layer.lora_B.weight @ layer.lora_A.weight).detach()
+    merged = nn.Linear(8, 6)
+    merged.weight.data, merged.bias.data = W, layer.base_layer.bias.data if bias else torch.zeros(6)
+    out, want = (measure_collapse(nn.Sequential(*body, m), [(x, y)]) for m in (layer, merged))
+    close(out, want, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_softmax_behind_the_classifier_is_seen_through(dtype):
+    x, y = _images()
+    net = _network().to(dtype)
+    out = measure_collapse(nn.Sequential(*net, nn.Softmax(1)), [(x.to(dtype), y)], at="2")
+    close(out, measure_collapse(net, [(x.to(dtype), y)]), 1e-6)
+
+
+def test_features_are_those_that_the_classifier_saw():
+    x, y = _images()
+
+    class Reuses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = _network()
+
+        def forward(self, x):
+            h = self.net[:2](x)
+            z = self.net[2](h)
+            h.zero_()
+            return z
+
+    close(measure_collapse(Reuses(), [(x, y)]), measure_collapse(_network(), [(x, y)]), 1e-6)
 
 
 class Twice(nn.Module):

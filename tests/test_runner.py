@@ -479,6 +479,9 @@ def test_shared_batch_norm_is_batch_norm(tmp_path):
             torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-5)
         for k, v in theirs.state_dict().items():
             torch.testing.assert_close(ours.state_dict()[k], v)
+        with pytest.raises(ValueError, match="two values a channel"):
+            ours(torch.randn(1, 3))
+        assert ours.running_var.isfinite().all()
     finally:
         dist.destroy_process_group()
 

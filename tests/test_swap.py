@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from ngc_etf.classifier import last_linear
+from ngc_etf.elsewhere import plain
 from ngc_etf.heads import FixedETFHead, Head, NearestETFHead, StandardHead
 from ngc_etf.simplex import centring
 from ngc_etf.swap import _swap_for_data, swap_head
@@ -217,6 +218,24 @@ def test_several_heads_are_several_candidates():
     assert last_linear(model, example=X) == "fc"
     with pytest.raises(ValueError, match="fc .*, rot "):
         last_linear(model)
+
+
+@pytest.mark.parametrize("first", ["backbone", "fc"])
+@pytest.mark.parametrize("use", [lambda m, h: m.backbone[1](h), lambda m, h: m.fc(h)])
+@pytest.mark.parametrize("example", [None, X])
+@pytest.mark.parametrize("classes", [None, 5])
+def test_a_layer_of_two_names_is_exchanged_under_both(first, use, example, classes):
+    layer = nn.Linear(D, C)
+    parts = {"backbone": nn.Sequential(nn.Identity(), layer), "fc": layer}
+    model = Net(use, **(parts if first == "backbone" else dict(reversed(parts.items()))))
+    model, head, _ = swap_head(model, C=classes, example=example)
+    assert model.backbone[1] is model.fc is head
+    head.targets = torch.arange(len(X)) % C
+    model(X)
+    assert head.means.steps() == 1
+    bare = plain(model)
+    assert not any(isinstance(m, Head) for m in bare.modules())
+    assert torch.allclose(bare(X), model.eval()(X), atol=1e-5)
 
 
 def test_a_part_is_watched_while_the_whole_runs():
