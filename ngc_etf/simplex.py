@@ -7,6 +7,7 @@ __all__ = ['check_classes', 'centring', 'standard_etf', 'simplex_etf', 'canonica
 
 # %% ../nbs/01_simplex.ipynb #c003
 from numbers import Real
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def _check_whole(**values):
 
 def _check_positive(name:str, value, what:str=""):
     "A `ValueError` unless a number is positive and finite; `what` it is, in words."
-    if isinstance(value, (Real, Tensor)) and 0 < value < float("inf"): return
+    if isinstance(value, (Real, Tensor)) and 0 < cast(float, value) < float("inf"): return
     raise ValueError(f"{name}{what and f', {what},'} must be positive and finite, got {name}={value!r}")
 
 # %% ../nbs/01_simplex.ipynb #c012

@@ -60,11 +60,12 @@ class SharedBatchNorm(nn.BatchNorm2d):
         if not (self.training and dist.is_initialized()): return super().forward(x)
         x = at_least_float32(x)
         channels = x.shape[1]
+        if x.numel() <= channels and dist.get_world_size() == 1:  # known without waiting for a device
+            raise ValueError("BatchNorm needs two values a channel in training, got one in all")
         over = [i for i in range(x.ndim) if i != 1]
         wide = [-1 if i == 1 else 1 for i in range(x.ndim)]
         count = x.new_tensor([x.numel() / channels])
         total, n = _reduce(torch.cat([x.sum(over), count])).split([channels, 1])
-        if n < 2: raise ValueError("BatchNorm needs two values a channel in training, got one in all")
         mean = total / n
         var = _reduce((x - mean.view(wide)).square().sum(over)) / n
         with torch.no_grad():
