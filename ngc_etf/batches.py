@@ -140,6 +140,8 @@ def _shares(
 # %% ../nbs/08b_batches.ipynb #c024
 class BatchLoader(DataLoader):
     "A fastai DataLoader of whole batches (x, y) from tensors on the device; in order, or as a sampler deals."
+    sampler:Any # None, or deals lists of indices; resumable where it has `state_dict`
+
     def __init__(self,
         x:Tensor,                       # (N, ch, H, W) uint8, or (N, k) float32
         y:Tensor,                       # (N,) int64

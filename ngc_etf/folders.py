@@ -152,6 +152,9 @@ def folder_data(
 # %% ../nbs/08d_folders.ipynb #c022
 class FolderLoader(BatchLoader):
     "As `BatchLoader`, from image files through worker processes; the device mirrors and normalises."
+    _places:Tensor|None  # the windows' generator after the batch at hand
+    _begin:Tensor|None   # where the next iteration begins
+
     def __init__(self,
         images:_Windows,   # one half of the data
         batch_size:int=256,
@@ -160,7 +163,7 @@ class FolderLoader(BatchLoader):
         **kwargs:Any,      # as in `BatchLoader`
     ):
         self.images, self.crop, self.workers = images, crop, workers
-        self._places = self._begin = None  # the windows' generator after the batch at hand; where to begin
+        self._places = self._begin = None
         super().__init__(torch.empty(len(images), 0), torch.tensor(images.targets), batch_size, **kwargs)
 
     def _requests(self, samples, begin, places):

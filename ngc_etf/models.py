@@ -29,8 +29,8 @@ def strip_affine(
     for m in norms:
         m.register_parameter("weight", None)
         m.affine = False
-    for m in norms + maps:
-        m.register_parameter("bias", None)
+    for layer in [*norms, *maps]:
+        layer.register_parameter("bias", None)
     return net
 
 # %% ../nbs/09_models.ipynb #c010
