@@ -140,7 +140,7 @@ def augment_rates(
         while True:
             out = aug(home[torch.randint(4096, (batch,), device=home.device)], g)
             if out.is_cuda:
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(out.device)
             yield out
 
     one_by_one = torch.utils.data.DataLoader(

@@ -78,7 +78,7 @@ class StratifiedBatchSampler(Sampler):
         drop_last:bool=False,     # leave out at random what does not fill a batch, a new choice each epoch
     ):
         y, whole = _checked_labels(y, batch_size, rank, world_size, drop_last), batch_size * world_size
-        self.y = y.astype(np.int16 if y.max() < 2**15 else np.int64)  # NumPy sorts int16 by radix
+        self.y = y.astype(np.int16 if y.max() < 2**15 - 1 else np.int64)  # NumPy sorts int16 by radix
         self.n = len(y) // whole if drop_last else -(-len(y) // whole)
         self.keep = self.n * whole if drop_last else len(y)
         self.shuffle, self.seed, self.rank, self.world_size = shuffle, seed, rank, world_size
@@ -140,6 +140,8 @@ def _shares(
 # %% ../nbs/08b_batches.ipynb #c024
 class BatchLoader(DataLoader):
     "A fastai DataLoader of whole batches (x, y) from tensors on the device; in order, or as a sampler deals."
+    sampler:Any # None, or deals lists of indices; resumable where it has `state_dict`
+
     def __init__(self,
         x:Tensor,                       # (N, ch, H, W) uint8, or (N, k) float32
         y:Tensor,                       # (N,) int64

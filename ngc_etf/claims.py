@@ -19,17 +19,17 @@ from .tables import _stems
 # %% ../nbs/12d_claims.ipynb #c007
 #| code-fold: true
 def _convergence(evidence):
-    words = "{:.3g} times fewer epochs to the line than the better of standard and fixed"
+    words = "the better of standard and fixed needs {:.3g} times as many epochs to the line"
     effects = _faster(evidence, ["train_top1"])
     return _judge(effects, lambda x: x > 1, words, "one experiment with all three heads", tie=1.)
 
 def _collapse(evidence):
-    words = "{:.3g} times fewer epochs than the better of standard and fixed, worse of NC1 and NC3,"
+    words = "the better of standard and fixed needs {:.3g} times as many epochs, worse of NC1 and NC3,"
     effects = _faster(evidence, ["nc1", "nc3"], falls=True)
     return _judge(effects, lambda x: x > 1, words, "one experiment with all three heads", tie=1.)
 
 def _normalisation(evidence):
-    words = "with normalisation {:.3g} times fewer epochs to the line"
+    words = "without normalisation {:.3g} times as many epochs to the line"
     effects = _faster(evidence, ["train_top1"], ("standard-no-norm", "standard"))
     need = "one experiment with standard and standard-no-norm"
     return _judge(effects, lambda x: x > 1, words, need, tie=1.)

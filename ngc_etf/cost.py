@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from .files import _write_whole
 from .known import get_experiment
 from .machine import _command_output, _say, environment
 
@@ -35,12 +36,11 @@ def _keep(rows, command, folder, device):
     kind = machine["gpu"] or f"{machine['cpu']} {machine['instructions']} {machine['threads']} threads"
     name = "-".join(re.findall(r"[a-z0-9]+", kind.lower()))
     path = Path(folder)/f"{command}-{name}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = rows.assign(**machine)
     if "cell" in rows and path.exists():
         before = pd.read_csv(path)
         rows = pd.concat([before[~before.cell.isin(rows.cell)], rows])
-    rows.to_csv(path, index=False, float_format="%.5g")
+    _write_whole(path, lambda f: rows.to_csv(f, index=False, float_format="%.5g"))
     return path
 
 # %% ../nbs/13_cost.ipynb #c008
@@ -78,11 +78,12 @@ def _parser():
 #| code-fold: true
 def _check(args):
     "A `ValueError` that names the argument."
-    if args.device.startswith("cuda"):
-        import torch
-        if not torch.cuda.is_available():
-            raise ValueError(f"device {args.device!r} was asked for, but torch sees no GPU here")
+    if args.device != "cpu":
+        from ngc_etf.runner import on_device
+        on_device(args.device)
     if args.rounds < 1: raise ValueError(f"rounds must be at least 1, got {args.rounds}")
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"threads must be at least 1, got {args.threads}")
     for cell in getattr(args, "cells", None) or ():
         get_experiment(cell)
 

@@ -26,9 +26,10 @@ _POINTS = 8        # of a letter, in print
 _WIDTH = 7.5       # inches; a page's column
 _DPI = 110         # so that a picture's 825 pixels are shown as they are
 
-def _not_run(ax):
-    "What axes without rows say."
-    ax.text(.5, .5, "not run", transform=ax.transAxes, ha="center", fontsize=_POINTS)
+def _say_absent(ax, words="not run"):
+    "What axes without a line say."
+    ax.set(xticks=[], yticks=[])
+    ax.text(.5, .5, words, transform=ax.transAxes, ha="center", fontsize=_POINTS)
 
 def _letters(ax, **texts):
     "Titles and labels of one size, and no frame above and to the right."
@@ -54,12 +55,12 @@ def curve(
     shown = frame.dropna(subset=[y]) if y in frame else frame.iloc[:0]
     for method, group in shown.groupby("method", sort=False):
         _line(ax, group, x, y, label=method, **line_style(method))
-    if shown.empty:
-        _not_run(ax)
-    elif level is not None:
+    if level is not None and not shown.empty:
         ax.axhline(level, label="at collapse", **_LEVEL)
     last = shown.epoch.max() if x == "epoch" and not shown.empty else 0
     _set_scales(ax, y in _LOG and not shown.empty, last)
+    if shown.empty:
+        _say_absent(ax, "not run" if frame.empty else "not recorded")
     _letters(ax, xlabel=_WORDS.get(x, x), ylabel=_WORDS.get(y, y))
     return ax
 
@@ -146,7 +147,8 @@ def panels(
     levels = {"train_loss": floor, "margin": C/(C-1), "sorted": C/(C-1)}
     for letter, name, ax in zip("abcdefgh", names, axes):
         if name == "sorted":
-            curve(_longest(rows, margins), "rank", "margin", ax, levels[name])
+            ends = _longest(rows, margins)
+            curve(ends if len(ends) else rows[["method", "seed"]], "rank", "margin", ax, levels[name])
         else:
             curve(rows, "epoch", name, ax, levels.get(name))
         what = "margins at the end" if name == "sorted" else _WORDS[name]
@@ -201,7 +203,7 @@ def _bars(cost, ax):
         heights = [bar.get_height() for bar in ax.patches]
         ax.set_ylim(.5 * min(heights), 1.5 * max(heights))
     else:
-        _not_run(ax)
+        _say_absent(ax)
 
 # %% ../nbs/12_figures.ipynb #c034
 #| code-fold: true

@@ -76,6 +76,15 @@ class _Windows(torch.utils.data.Dataset):
         return torch.from_numpy(window).permute(2, 0, 1).contiguous(), self.targets[i]
 
 # %% ../nbs/08d_folders.ipynb #c014
+def _size(path:str)->int:
+    "A file's size; an `OSError` that names a link which leads nowhere."
+    try:
+        return os.path.getsize(path)
+    except OSError as e:
+        why = "it is a link to a file that is not there" if os.path.islink(path) else e.strerror
+        raise type(e)(f"image {path} cannot be read ({why}): fetch it again, or take it away") from e
+
+# %% ../nbs/08d_folders.ipynb #c015
 @dataclass(frozen=True)
 class FolderData:
     "A tree of large images, train/CLASS/... and val/CLASS/...; the constants are ImageNet's."
@@ -116,11 +125,11 @@ class FolderData:
                 counts.setdefault(name, {})[half] = len(paths)
                 for p in paths:
                     relative = Path(os.path.relpath(p, folder.parent)).as_posix()
-                    digest.update(os.fsencode(f"{relative} {os.path.getsize(p)}\n"))
+                    digest.update(os.fsencode(f"{relative} {_size(p)}\n"))
         train, test = (sum(n.get(half, 0) for n in counts.values()) for half in ("train", "val"))
         return {"C": self.C, "train": train, "test": test, "classes": counts, "hash": digest.hexdigest()}
 
-# %% ../nbs/08d_folders.ipynb #c018
+# %% ../nbs/08d_folders.ipynb #c019
 def folder_data(
     name:str,               # "imagenet", or "folder:PATH" with a path below `root` or an absolute one
     root:str|Path="data",   # the folder of all data sets
@@ -140,9 +149,12 @@ def folder_data(
                          "name another tree folder:PATH")
     return data
 
-# %% ../nbs/08d_folders.ipynb #c021
+# %% ../nbs/08d_folders.ipynb #c022
 class FolderLoader(BatchLoader):
     "As `BatchLoader`, from image files through worker processes; the device mirrors and normalises."
+    _places:Tensor|None  # the windows' generator after the batch at hand
+    _begin:Tensor|None   # where the next iteration begins
+
     def __init__(self,
         images:_Windows,   # one half of the data
         batch_size:int=256,
@@ -151,7 +163,7 @@ class FolderLoader(BatchLoader):
         **kwargs:Any,      # as in `BatchLoader`
     ):
         self.images, self.crop, self.workers = images, crop, workers
-        self._places = self._begin = None  # the windows' generator after the batch at hand; where to begin
+        self._places = self._begin = None
         super().__init__(torch.empty(len(images), 0), torch.tensor(images.targets), batch_size, **kwargs)
 
     def _requests(self, samples, begin, places):
@@ -199,7 +211,7 @@ class FolderLoader(BatchLoader):
         return FolderLoader(self.images, self.bs, self.crop, self.workers,
                             augment=self.augment, seed=self.seed, device=self.device)
 
-# %% ../nbs/08d_folders.ipynb #c023
+# %% ../nbs/08d_folders.ipynb #c024
 def _workers()->int:
     "Four, or as many as there are cores for this process where they are fewer."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -79,7 +79,7 @@ def sentences(
     named = {o: verdicts.claim[verdicts.verdict == o].tolist() for o in ("holds", "fails", "untested")}
     n = {o: len(names) for o, names in named.items()}
     verbs = (("holds", "hold"), ("fails", "fail"), ("is untested", "are untested"))
-    hold, fail, open_ = (f"{number} {verb[number != 1]}" for number, verb in zip(n.values(), verbs))
+    hold, fail, open_ = (f"{number or 'none'} {verb[number > 1]}" for number, verb in zip(n.values(), verbs))
     out = [f"Of the paper's {len(verdicts)} measurable claims, {hold} by the rows at hand, {fail}; {open_}."]
     for outcome, word in (("holds", "Holds"), ("fails", "Fails"), ("untested", "Untested")):
         out.append(f"{word}: {', '.join(named[outcome]) or 'none'}.")

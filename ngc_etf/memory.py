@@ -6,15 +6,17 @@
 __all__ = ['memory_rows']
 
 # %% ../nbs/12k_memory.ipynb #c003
+import math
+
 import torch
 import torch.nn.functional as F
 
-from .catalogue import DATASETS, UFM
+from .catalogue import UFM
 from .data import balanced_labels
 from .kernels import _dense_bytes, peak_bytes
 from .known import _TABLE_3, get_experiment
 from .models import body
-from .step import make_head
+from .step import _sizes, make_head
 from .tables import _HEADS_3
 
 # %% ../nbs/12k_memory.ipynb #c006
@@ -31,12 +33,12 @@ def _saved_bytes(net, x):
         net(x)
     return sum(s.nbytes() for key, s in saved.items() if key not in known)
 
-def _body_bytes(net, size, batch=256):
+def _body_bytes(net, shape, batch=256):
     "Weights, and what a batch leaves for the backward pass, of a body on the meta device; and d."
-    trunk, d = body(net)
+    trunk, d = body(net, inputs=math.prod(shape))
     trunk = trunk.to("meta").train()
     weights = sum(p.nbytes for p in trunk.parameters())
-    return weights, _saved_bytes(trunk, torch.empty(batch, 3, size, size, device="meta")), d
+    return weights, _saved_bytes(trunk, torch.empty(batch, *shape, device="meta")), d
 
 # %% ../nbs/12k_memory.ipynb #c010
 #| code-fold: true
@@ -45,9 +47,9 @@ def _parts(exp):
     if exp.data in UFM:
         C, N, d = UFM[exp.data]
         return C, d, N, 4*N*d, 0
-    C, size = (1000, exp.size) if exp.large else (DATASETS[exp.data].C, DATASETS[exp.data].shape[3])
-    weights, kept, d = _body_bytes(exp.net, size, exp.batch_size)
-    return C, d, exp.batch_size, weights, kept
+    sizes = _sizes(exp)
+    weights, kept, d = _body_bytes(exp.net, sizes.shape, exp.batch_size)
+    return sizes.C, d, exp.batch_size, weights, kept
 
 def _head_bytes(method, d, C, N):
     "The highest sum of live allocations of a head's forward, loss and backward; and its weights."

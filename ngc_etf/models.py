@@ -17,18 +17,20 @@ def strip_affine(
     net:nn.Module,  # changed in place
 )->nn.Module:       # the same network
     "Remove biases and affine BatchNorm parameters; `ValueError` where other than (out, in[, kh, kw]) remain."
-    for m in net.modules():
-        if isinstance(m, _BatchNorm):
-            m.register_parameter("weight", None)
-            m.register_parameter("bias", None)
-            m.affine = False
-        elif isinstance(getattr(m, "bias", None), nn.Parameter) and m.weight.ndim in (2, 4):
-            m.register_parameter("bias", None)
+    norms = [m for m in net.modules() if isinstance(m, _BatchNorm)]
+    maps = [m for m in net.modules() if isinstance(getattr(m, "bias", None), nn.Parameter)
+            and not isinstance(m, _BatchNorm) and m.weight.ndim in (2, 4)]
+    gone = {p for m in norms for p in m.parameters(recurse=False)} | {m.bias for m in maps}
     odd = [f"{name} {tuple(p.shape)}" for name, p in net.named_parameters()
-           if p.requires_grad and p.ndim not in (2, 4)]
+           if p.requires_grad and p.ndim not in (2, 4) and p not in gone]
     if odd:
         raise ValueError(f"{len(odd)} parameters are no linear maps, among them {', '.join(odd[:3])}: "
                          "AGD cannot train this network; use affine=True and another optimiser")
+    for m in norms:
+        m.register_parameter("weight", None)
+        m.affine = False
+    for layer in [*norms, *maps]:
+        layer.register_parameter("bias", None)
     return net
 
 # %% ../nbs/09_models.ipynb #c010
@@ -73,6 +75,10 @@ def _torchvision(name:str, pretrained:bool)->tuple:
     if isinstance(net, models.VGG):
         d = [m for m in net.features if isinstance(m, nn.Conv2d)][-1].out_channels
         return nn.Sequential(net.features, nn.AdaptiveAvgPool2d(1), nn.Flatten()), d
+    if getattr(net, "aux_logits", False):
+        net.aux_logits = False
+        for side in ("aux1", "aux2", "AuxLogits"):
+            setattr(net, side, None)
     linear = [n for n, m in net.named_modules() if isinstance(m, nn.Linear)]
     if not linear: raise ValueError(f"network name={name!r} has no final linear layer to remove")
     d = net.get_submodule(linear[-1]).in_features

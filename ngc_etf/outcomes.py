@@ -94,6 +94,15 @@ def _sweeps(about, field, method):
         groups.setdefault(same, {}).setdefault(exp[field], []).append(stem)
     return [group for group in groups.values() if len(group) > 1]
 
+def _differences(exps, field):
+    "What sets each sweep apart from others of the same data and network, in words."
+    words = []
+    for exp in exps:
+        alike = [e for e in exps if (e["data"], e["net"]) == (exp["data"], exp["net"])]
+        odd = [k for k in exp if k not in (field, *_LENGTH) and any(e.get(k) != exp[k] for e in alike)]
+        words.append(", ".join(f"{k}={exp[k]}" for k in odd))
+    return words
+
 def _in_order(values):
     "Words before numbers, each in their own order."
     return sorted(values, key=lambda v: (not isinstance(v, str), v))
@@ -110,15 +119,15 @@ def sweep_table(
     method:str="nearest", # of which head
 )->pd.DataFrame:          # a line a value; empty where no runs differ in that field alone
     "What one setting does: runs that differ in it and in nothing else."
-    out = []
-    for group in _sweeps(about, field, method):
+    out, groups = [], _sweeps(about, field, method)
+    exps = [about[next(iter(group.values()))[0]]["experiment"] for group in groups]
+    for group, exp, apart in zip(groups, exps, _differences(exps, field)):
         together = _together(rows, sum(group.values(), []))
         for value in _in_order(group):
             here = together[_stems(together).isin(group[value])]
-            exp = about[group[value][0]]["experiment"]
-            where = {"data": exp["data"], "net": exp["net"] or "-", "method": method, field: value}
-            out.append(where | _ends(here, about))
-    return pd.DataFrame(out)
+            where = {"data": exp["data"], "net": exp["net"] or "-", "method": method, "with": apart or "-"}
+            out.append(where | {field: value} | _ends(here, about))
+    return pd.DataFrame(out).fillna({"test top-1 %": "-"})
 
 # %% ../nbs/12b_outcomes.ipynb #c022
 #| code-fold: true

@@ -14,9 +14,12 @@ from PIL import Image
 # %% ../nbs/08c_pictures.ipynb #c006
 def _from_16_bits(pic:Image.Image)->Image.Image:
     "A grey image of mode L, scaled from up to 16 bits a pixel."
-    bits = getattr(pic, "tag_v2", {}).get(258, 16)  # of a TIFF; 258 is BitsPerSample
+    tags = getattr(pic, "tag_v2", {})  # of a TIFF
+    bits = tags.get(258, 16)           # BitsPerSample
     top = 2**int(bits[0] if isinstance(bits, tuple) else bits) - 1
     v = np.asarray(pic).astype(np.int64)
+    if tags.get(262) == 0:             # PhotometricInterpretation: 0 is white
+        v = top - v
     return Image.fromarray(((510*v + top) // (2*top)).clip(0, 255).astype(np.uint8))  # v*255/top, rounded
 
 # %% ../nbs/08c_pictures.ipynb #c010
@@ -34,6 +37,7 @@ def _turn(pic:Image.Image):
 # %% ../nbs/08c_pictures.ipynb #c012
 def _as_rgb(pic:Image.Image)->Image.Image:
     "A picture in 8-bit colours, upright; `ValueError` where no range of its pixels is defined."
+    pic.load()  # a TIFF is turned by Pillow itself then, and says so no more
     turn = _turn(pic)
     if pic.mode.startswith("I;16") or (pic.mode == "I" and pic.format in ("PNG", "PPM")):
         pic = _from_16_bits(pic)

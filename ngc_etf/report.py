@@ -148,22 +148,30 @@ def _of_one(evidence, base, groups, figures):
 
 # %% ../nbs/12g_report.ipynb #c018
 #| code-fold: true
+_STEP = (
+    "Panel (b): S, F and I are the standard, the fixed and the nearest (implicit) head, P is the nearest "
+    "head with the paper's solver and dense backward pass; /F is the forward, /B the backward pass. What "
+    "does not fit into memory has no bar."
+)
+
 def _pictures(evidence):
-    "{name: (title, figure)} of what looks at several experiments, as far as there are rows."
+    "{name: (title, words, figure)} of what looks at several experiments, as far as there are rows."
     out = {}
     if {*evidence.rows.experiment} & {*UFM}:
-        out["classes-grow"] = ("Growing numbers of classes (Figure 3)", classes_grow(evidence.rows))
+        title = "Growing numbers of classes (Figure 3)"
+        out["classes-grow"] = (title, "Epochs on a logarithmic axis.", classes_grow(evidence.rows))
     for name, cell, cost in _by_machine(evidence.methods):
         figure = {"cifar100-resnet50": " (Figure 5)", "cifar10-resnet18": " (Figure 16)"}.get(cell, "")
         title = f"The time of a step: {name}{figure}"
-        out[f"step-{'-'.join(name.split())}"] = (title, step_times(cost, cell))
+        out[f"step-{'-'.join(name.split())}"] = (title, _STEP, step_times(cost, cell))
     return out
 
 def _of_all(evidence, tables, figures):
     "The part of the page about all experiments together."
     out = []
-    for name, (title, fig) in _pictures(evidence).items():
-        out += [f"<h2>{html.escape(title)}</h2>", _picture(fig, title, name, figures)]
+    for name, (title, words, fig) in _pictures(evidence).items():
+        out += [f"<h2>{html.escape(title)}</h2>", f"<p>{html.escape(words)}</p>"]
+        out.append(_picture(fig, title, name, figures))
     of_paper = {*evidence.rows.experiment} & {*_TITLES}
     for name, (title, caption, table, absent) in tables.items():
         if name == "claims" or (name in ("table1", "table2", "leaders", "figures") and not of_paper):

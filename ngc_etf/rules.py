@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .known import _THREE, EXPERIMENTS
-from .outcomes import _LENGTH, _runs, _sweeps, _together
+from .outcomes import _differences, _runs, _sweeps, _together
 from .reading import load_rows
 from .tables import _of_paper, _read_cost, _stems
 
@@ -146,11 +146,8 @@ def _named_sweeps(about, field):
     "(name, {value: stems}) of each sweep of the nearest head; the name says in what it differs from others."
     sweeps = _sweeps(about, field, "nearest")
     exps = [about[next(iter(sweep.values()))[0]]["experiment"] for sweep in sweeps]
-    for sweep, exp in zip(sweeps, exps):
-        alike = [e for e in exps if (e["data"], e["net"]) == (exp["data"], exp["net"])]
-        odd = [k for k in exp if k not in (field, *_LENGTH) and any(e.get(k) != exp[k] for e in alike)]
-        words = [exp["data"], exp["net"], *(f"{k}={exp[k]}" for k in odd)]
-        yield " ".join(filter(None, words)), sweep
+    for sweep, exp, apart in zip(sweeps, exps, _differences(exps, field)):
+        yield " ".join(filter(None, (exp["data"], exp["net"], apart))), sweep
 
 def _swept(evidence, field):
     "For each sweep of the nearest head: its name, and {value: runs} of the same seeds."

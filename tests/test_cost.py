@@ -1,5 +1,6 @@
 "The command `ngc_cost`: its rows, their file, its complaints; what is counted and what is timed."
 
+import errno
 import os
 import subprocess
 import sys
@@ -11,12 +12,15 @@ import pytest
 import torch
 
 from ngc_etf import cost, kernels, memory, overhead, timings
+from ngc_etf.catalogue import find_data
 from ngc_etf.cost import cost_main
 from ngc_etf.estimates import PeakMemory
 from ngc_etf.figures import step_times
 from ngc_etf.kernels import _dense_bytes, _exponent, peak_bytes, scaling_rows
+from ngc_etf.known import get_experiment
 from ngc_etf.machine import take_turns
 from ngc_etf.memory import memory_rows
+from ngc_etf.step import network
 from ngc_etf.tables import _read_cost, memory_table
 from ngc_etf.timings import _neighbours, busy_rows, methods_rows
 
@@ -42,6 +46,15 @@ def test_what_is_wrong_is_named():
     assert "experiment must be one of" in fails("methods", "--cells", "nonsense")
     if not torch.cuda.is_available():
         assert "torch sees no GPU here" in fails("solver", "--device", "cuda")
+    assert "device must be cpu, cuda or cuda:N, got 'gpu'" in fails("solver", "--device", "gpu")
+    for n in ("0", "-1"):
+        assert f"threads must be at least 1, got {n}" in fails("memory", "--quick", "--threads", n)
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "device 'cuda:5' was asked for, but torch sees 1 GPUs here" in fails("data", "--device", "cuda:5")
 
 
 def test_rows_carry_the_kind_of_machine_and_files_its_name(tmp_path, monkeypatch):
@@ -79,6 +92,22 @@ def test_one_cell_measured_again_leaves_the_others(tmp_path, monkeypatch):
     assert pd.read_csv(path).set_index("cell").forward_ms.to_dict() == {"ufm-10": 1.0, "ufm-100": 3.0}
 
 
+def test_a_full_disk_leaves_the_rows_that_were_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "memory_rows", lambda *a: [{"cell": "ufm-10", "gb": 0.5}])
+    cost_main(["memory", "--out", str(tmp_path)])
+    (path,) = tmp_path.iterdir()
+    before, write = path.read_text(), pd.DataFrame.to_csv
+
+    def full(frame, file, **kwargs):
+        "The first bytes still find room."
+        write(frame[:0], file, **kwargs)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+    assert f"{path} could not be written" in fails("memory", "--out", str(tmp_path))
+    assert path.read_text() == before and [*tmp_path.iterdir()] == [path]
+
+
 def test_growth_is_fitted_over_d_and_over_C():
     assert _exponent([10, 20, 40], [3.0, 12.0, 48.0]) == pytest.approx(2)
     rows = pd.DataFrame(scaling_rows(quick=True, rounds=1))
@@ -92,6 +121,15 @@ def test_the_gradient_adds_next_to_no_memory():
     gb = pd.DataFrame(memory_rows(quick=True)).set_index(["cell", "method"]).gb.unstack()
     assert (gb["nearest"] <= 1.02 * gb["nearest-no-ddn"]).all()
     assert (gb["nearest"] <= 1.05 * gb["fixed"]).all()
+
+
+@pytest.mark.parametrize("name", ["clusters-50-0.8", "fashion-mnist-mlp"])
+def test_vectors_and_grey_images_are_counted_too(name):
+    exp = get_experiment(name)
+    C, d, batch, weights, kept = memory._parts(exp)
+    assert (C, d, batch) == (find_data(exp.data).C, 256, 256)
+    assert weights == sum(p.nbytes for p in network(exp, C).body.parameters())
+    assert kept > 0
 
 
 def test_the_dense_jacobian_is_a_quarter_of_the_papers_surplus():

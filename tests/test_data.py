@@ -369,6 +369,12 @@ def test_sampler_refuses(bad, match):
         StratifiedBatchSampler(**(dict(y=[0, 1, 0, 1], batch_size=2) | bad))
 
 
+@pytest.mark.parametrize("C", [2**15 - 1, 2**15, 2**15 + 1])
+def test_as_many_classes_as_sixteen_bits_count(C):
+    batches = [*StratifiedBatchSampler(np.arange(C), 10_000)]
+    assert sorted(i for batch in batches for i in batch) == [*range(C)]
+
+
 def test_imagenet_sized_labels_take_seconds_at_most():
     y = torch.randint(1000, (1_281_167,))
     start = time.perf_counter()
@@ -434,6 +440,15 @@ def test_augment_reproduces_and_refuses():
     assert torch.equal(one, two) and not torch.equal(one, three)
     with pytest.raises(ValueError, match="pad=-1"):
         Augment((0,), (1,), pad=-1)
+
+
+def test_rates_wait_for_the_device_that_computes(monkeypatch):
+    "And not for the first GPU, which is what torch means where nothing is named."
+    waited = []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append(device))
+    augment_rates(size=8, batch=8, seconds=0.01, cores=0)
+    assert {*waited} == {torch.device("cpu")}
 
 
 def test_rates_are_measured():
@@ -755,6 +770,28 @@ def test_a_turned_photograph_is_turned_upright(tmp_path):
     assert torch.equal(turned, plain.rot90(-1, (1, 2)))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_tiff_is_turned_once(tmp_path, orientation):
+    "Pillow turns it when it loads the pixels; a second turn would undo or double the first."
+    from PIL import Image, ImageOps
+
+    exif = Image.Exif()
+    exif[274] = orientation
+    for half, pixels in (("train", RAMP), ("val", RAMP.astype(np.uint16) * 257)):
+        path = save(tmp_path / half / "c", pixels, "a.tif", exif=exif)
+    lying = Image.fromarray(RAMP)
+    lying.getexif()[274] = orientation
+    upright = torch.from_numpy(np.array(ImageOps.exif_transpose(lying)))
+    for x in shown(tmp_path):
+        assert torch.equal(x, upright.expand(3, 16, 16)), path
+
+
+def test_sixteen_bits_may_count_from_white_to_black(tmp_path):
+    for half in ("train", "val"):
+        save(tmp_path / half / "c", (255 - RAMP.astype(np.uint16)) * 257, "a.tif", tiffinfo={262: 0})
+    assert torch.equal(shown(tmp_path)[0][0], torch.from_numpy(RAMP))
+
+
 def test_a_damaged_note_about_the_camera_does_no_harm(tmp_path):
     for half in ("train", "val"):
         save(tmp_path / half / "c", RAMP, "a.png", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
@@ -809,6 +846,16 @@ def test_fingerprints_of_trees(tmp_path):
         change(tmp_path / "two")
         assert fingerprint(two)["hash"] != before["hash"]
     assert set(fingerprint(two)["classes"]) == {"n0000", "n0001", "n0002", "n0003"}
+
+
+def test_a_link_that_leads_nowhere_is_named_by_the_fingerprint(tmp_path):
+    data = tree(tmp_path)
+    path = tmp_path / "val" / "n0001" / "gone.png"
+    path.symlink_to("nowhere")
+    says = f"image {path} cannot be read .it is a link to a file that is not there.: fetch it again"
+    with pytest.raises(FileNotFoundError, match=says) as e:
+        fingerprint(data)
+    assert str(e.value).endswith("or take it away")
 
 
 def test_a_tree_by_name(tmp_path, monkeypatch):

@@ -82,6 +82,27 @@ def test_layer_norms_are_refused(name):
         body(name)
 
 
+def test_a_network_that_is_refused_stays_as_it_was():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.LayerNorm(4))
+    with pytest.raises(ValueError, match=r"2 parameters are no linear maps, among them 2.weight \(4,\)"):
+        strip_affine(net)
+    assert [name for name, _ in net.named_parameters()] == [
+        f"{i}.{kind}" for i in range(3) for kind in ("weight", "bias")
+    ]
+    assert net[1].affine
+
+
+@pytest.mark.parametrize("name,size", [("googlenet", 64), ("inception_v3", 96)])
+@pytest.mark.parametrize("affine", [False, True])
+def test_inceptions_have_no_side_exits(name, size, affine):
+    "They answer with several tensors in training, each from a classifier of its own."
+    net, d = body(name, affine=affine)
+    h = net.train()(torch.randn(2, 3, size, size))
+    assert h.shape == (2, d)
+    h.square().sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
 @pytest.mark.parametrize(
     "kw,match",
     [

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -72,6 +73,8 @@ def test_twine_takes_wheel_and_source(source, tmp_path):
     made = sorted(tmp_path.iterdir())
     assert [p.suffix for p in made] == [".whl", ".gz"]
     run(sys.executable, "-m", "twine", "check", "--strict", *made, cwd=tmp_path)
+    with tarfile.open(made[1]) as archive:  # tests need the notebooks, which lie in the repository
+        assert not [n for n in archive.getnames() if "/tests" in n or n.endswith(".ipynb")]
     metadata = next(n for n in zipfile.ZipFile(made[0]).namelist() if n.endswith("/METADATA"))
     text = zipfile.ZipFile(made[0]).read(metadata).decode()
     assert "Programming Language :: Python :: 3.11" in text and "](nbs/" not in text

@@ -1,5 +1,6 @@
 "Figures, tables, claims and report on invented rows, which are never shown: damage, files, verdicts."
 
+import itertools
 import json
 import re
 import subprocess
@@ -25,6 +26,7 @@ from ngc_etf.judgement import CLAIMS, judge, sentences
 from ngc_etf.known import EXPERIMENTS, get_experiment
 from ngc_etf.outcomes import coverage, floor_of, summary, sweep_table
 from ngc_etf.reading import check_rows, load_rows
+from ngc_etf.render import as_markdown
 from ngc_etf.report import report_main, write_tables
 from ngc_etf.rules import read_evidence
 from ngc_etf.tables import _TITLES, PAPER, _compared, _verdict, accuracy_table, verdict_table
@@ -345,6 +347,31 @@ def test_a_single_epoch_has_a_table_and_no_panels(tmp_path):
 def test_what_was_not_run_is_said_in_words():
     ax = curve(pd.DataFrame(columns=["method", "seed", "epoch", "nc1"]), "epoch", "nc1")
     assert [t.get_text() for t in ax.texts] == ["not run"]
+
+
+def test_what_runs_did_not_write_down_is_not_called_not_run(tmp_path):
+    "Rows of an older program have fewer columns, and not every run keeps its margins."
+    for seed in range(2):
+        store(tmp_path, get_experiment("digits-net", seed=seed), epochs=[1, 2])
+    rows = load_rows(tmp_path)[0].drop(columns="nc1")
+    fig = panels(rows, pd.DataFrame(columns=["method", "seed", "margin"]), 10)
+    words = {ax.get_title(): [t.get_text() for t in ax.texts] for ax in fig.axes}
+    assert words["(c) margins at the end"] == words["(d) NC1"] == ["not recorded"]
+    assert words["(a) cross-entropy"] == []
+
+
+def test_sweeps_of_one_field_are_told_apart(tmp_path):
+    for tau, delta in itertools.product((5.0, 10.0), (1e-3, 1e-2)):
+        changes = {"tau": tau, "delta": delta, "tag": f"{tau}-{delta}"}
+        store(tmp_path, get_experiment("ufm-10", **changes), epochs=[1, 2])
+    store(tmp_path, get_experiment("digits-net"), epochs=[1, 2])
+    store(tmp_path, get_experiment("digits-net", delta=0.1, tag="b"), epochs=[1, 2])
+    rows, _, about = load_rows(tmp_path)
+    rows.loc[rows.experiment.str.startswith("ufm"), "test_top1"] = np.nan  # free features have no test set
+    table = sweep_table(rows, about, "delta").set_index("data")
+    assert {*table.loc["ufm-10", "with"]} == {"tau=5.0", "tau=10.0"}
+    assert {*table.loc["digits", "with"]} == {"-"}
+    assert "not run" not in as_markdown(table.reset_index())
 
 
 def test_lines_are_medians_and_bands_ranges(tmp_path):
