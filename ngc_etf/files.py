@@ -45,8 +45,8 @@ def _write_whole(
         if stop := _interruption(e): raise type(stop) from e
         why = e if isinstance(e, OSError) else e.__context__ or e
         raise OSError(
-            f"{path} could not be written ({why}); what was there before is intact: when there is room "
-            "again, the same command goes on from the last epoch") from e
+            f"{path} could not be written ({why}); what was there before is intact; give the same "
+            "command again when there is room") from e
     finally:
         part.unlink(missing_ok=True)
 
