@@ -74,7 +74,10 @@ def cross_entropy_floor(
     relu:bool=False,           # features behind a ReLU, none negative; free features (UFM) when False
     counts:Iterable|None=None, # (C,) samples by class, for an ETF with the bias of Eq. 8; balanced when None
 )->float:
-    "The least cross-entropy of norm-tau features: of any unit-row W if balanced, else of an ETF head."
+    """The least cross-entropy of norm-tau features: of any unit-row W if balanced, else of an ETF head.
+
+    With `relu` and `counts` the ETF is the canonical one. Another may get below, but not below the floor
+    without `relu`."""
     margin = _largest_margin(C, tau, relu)
     shares = _shares([1]*C if counts is None else counts, C)
     return _loss_at(margin, C) if np.ptp(shares) == 0 else _tail_floor(shares, tau, relu)

@@ -36,8 +36,10 @@ def floor_of(
     if exp["method"] == "standard-no-norm": return None
     relu = exp["data"] not in UFM and exp["net"].startswith(_RELU) and not exp.get("project")
     counts = _counts(exp, C)
-    learned = counts and exp["method"].startswith("standard")
-    return (cross_entropy_bound if learned else cross_entropy_floor)(C, exp["tau"], relu, counts)
+    if counts and exp["method"].startswith("standard"):
+        return cross_entropy_bound(C, exp["tau"], relu, counts)
+    turned = exp["method"] != "fixed"  # a direction that is not, or need not stay, the canonical one
+    return cross_entropy_floor(C, exp["tau"], relu and not (counts and turned), counts)
 
 # %% ../nbs/12b_outcomes.ipynb #c010
 #| code-fold: true

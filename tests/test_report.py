@@ -413,14 +413,25 @@ def test_the_floor_is_that_of_the_cell(name, method, floor):
 
 
 def test_a_long_tail_has_a_floor_of_its_own():
-    exps = {m: get_experiment("cifar10-resnet18-lt", method=m).as_json for m in ("standard", "nearest")}
+    methods = ("standard", "nearest", "fixed-haar", "fixed")
+    exps = {m: get_experiment("cifar10-resnet18-lt", method=m).as_json for m in methods}
     floors = {m: floor_of({"experiment": exp, "C": 10}) for m, exp in exps.items()}
-    assert floors["standard"] < floors["nearest"] != cross_entropy_floor(10, relu=True)
+    assert floors["standard"] < floors["nearest"] == floors["fixed-haar"] < floors["fixed"]
+    assert floors["fixed"] != cross_entropy_floor(10, relu=True)
+
+
+def test_no_floor_lies_above_what_a_run_reached():
+    "The nearest head turns its ETF, and behind a ReLU got below the floor of the canonical direction."
+    evidence = read_evidence(ROOT / "results")
+    last = evidence.rows.groupby(["experiment", "method", "seed"], as_index=False).last()
+    for run in last.itertuples():
+        floor = floor_of(evidence.about[f"{run.experiment}/{run.method}-s{run.seed}"])
+        assert floor is None or run.train_loss > floor * (1 - 1e-6), run
 
 
 @pytest.mark.parametrize("name, C", [("digits-net-lt", 10), ("clusters-50", 50)])
 def test_the_floor_of_a_tail_counts_the_samples_that_are_there(name, C):
-    exp = get_experiment(name, tail=100.0, method="nearest")
+    exp = get_experiment(name, tail=100.0, method="fixed")
     y = with_long_tail(load_data(exp.data), 100).train[1]
     want = cross_entropy_floor(C, relu=True, counts=y.bincount().tolist())
     assert floor_of({"experiment": exp.as_json, "C": C}) == pytest.approx(want, rel=1e-8)
