@@ -149,7 +149,8 @@ def load_rows(
 )->tuple:            # rows, margins (data frames), descriptions {"experiment/method-sSEED": dict}
     "All runs below a folder; a `ValueError` names what is damaged or double."
     runs, wrong = read_runs(folder)
-    if wrong: raise ValueError("; ".join(wrong))
+    more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+    if wrong: raise ValueError("; ".join(wrong[:5]) + more)
     if not runs: raise ValueError(f"no rows below {folder}: run ngc_train --out {folder} first")
     tables = [[r[part] for r in runs.values() if len(r[part])] for part in ("rows", "margins")]
     rows, margins = (pd.concat(t, ignore_index=True) if t else pd.DataFrame(columns=_MARGINS) for t in tables)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -244,6 +245,16 @@ def test_check_complains_about_all_at_once(tmp_path):
         w in message
         for w in ("a line is cut", "double rows in", "both hold digits-net/nearest-s0", "missing in")
     )
+
+
+def test_reading_names_the_first_of_many(tmp_path):
+    "A folder copied into itself holds every run twice; nobody reads four hundred sentences."
+    for seed in range(7):
+        store(tmp_path / "rows", get_experiment("digits-net", epochs=10, seed=seed))
+    shutil.copytree(tmp_path / "rows", tmp_path / "copy")
+    with pytest.raises(ValueError, match=r"double rows.*; and 2 more$") as e:
+        load_rows(tmp_path)
+    assert str(e.value).count("both hold") == 5
 
 
 @pytest.mark.parametrize(
