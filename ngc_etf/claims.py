@@ -121,7 +121,8 @@ def _more_at_the_margin(evidence):
         lengths = {run.epoch.max() for group in runs.values() for run in group}
         if shares.to_numpy().any() and len(lengths) == 1:
             more = shares["nearest"] - shares["nearest-no-ddn"]
-            effects[name] = (float(more.median()), len(more))
+            agreed = more.min() > 0 or more.max() < 0
+            effects[name] = (float(more.median()) if agreed else 0., len(more))
     words = "with the gradient {:+.2g} points more of the samples are at the margin"
     need = "images with both, trained until samples reach the margin"
     return _judge(effects, lambda x: x > 0, words, need, tie=0.)

@@ -626,21 +626,30 @@ def test_a_projection_is_not_the_papers_setting(tmp_path):
     assert _convergence(read_evidence(tmp_path)).outcome == "untested"
 
 
-def test_more_at_the_margin_is_asked_within_each_seed(tmp_path):
-    "The two medians differ by 40 points here; within two seeds of three nothing does."
-    shares = {"nearest-no-ddn": (0.5, 0.2, 0.9), "nearest": (0.5, 0.9, 0.9)}
+@pytest.mark.parametrize(
+    "without, outcome",
+    [
+        ((0.5, 0.2, 0.9), "untested"),  # medians 40 points apart, but two seeds of three level
+        ((0.1, 0.1, 1.0), "untested"),  # two seeds gain, one loses
+        ((0.4, 0.2, 0.8), "holds"),
+        ((0.6, 1.0, 1.0), "fails"),
+    ],
+)
+def test_more_at_the_margin_is_asked_within_each_seed(without, outcome, tmp_path):
+    shares = {"nearest-no-ddn": without, "nearest": (0.5, 0.9, 0.9)}
     for method, ends in shares.items():
         for seed in range(3):
             store(tmp_path, get_experiment("cifar10-resnet18", method=method, seed=seed, epochs=4))
     evidence = read_evidence(tmp_path)
-    cuts = {(m, s): int(100 * share) for m, ends in shares.items() for s, share in enumerate(ends)}
+    cuts = {(m, s): round(100 * share) for m, ends in shares.items() for s, share in enumerate(ends)}
     frames = [
         pd.DataFrame({"method": m, "seed": s, "rank": range(100), "margin": [10 / 9] * n + [0.0] * (100 - n)})
         for (m, s), n in cuts.items()
     ]
     margins = pd.concat(frames).assign(experiment="cifar10-resnet18")
     verdict = _more_at_the_margin(evidence._replace(margins=margins))
-    assert verdict.outcome == "untested" and "level in cifar10-resnet18" in verdict.words
+    assert verdict.outcome == outcome
+    assert ("level in cifar10-resnet18" in verdict.words) == (outcome == "untested")
 
 
 @pytest.mark.parametrize(
