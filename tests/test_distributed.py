@@ -176,7 +176,7 @@ def test_processes_agree_with_one(sizes, kind, dtype, late, atol, tmp_path):
     grads = train(one, joined(sizes, dtype, late))
     identical(ranks)
     close(one.state_dict(), ranks[0]["state"], atol)
-    for mine, theirs in zip(grads, ranks[0]["grads"]):  # the last of several steps: rounding has grown
+    for mine, theirs in zip(grads, ranks[0]["grads"]):  # rounding grows from step to step
         assert torch.allclose(mine, theirs, rtol=0, atol=5 * atol), (mine - theirs).abs().max()
 
 
