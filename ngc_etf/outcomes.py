@@ -114,6 +114,8 @@ def _together(rows, stems):
     here = rows[_stems(rows).isin(stems)]
     return here[here.epoch <= here.groupby(_KEY[:3]).epoch.max().min()]
 
+# %% ../nbs/12b_outcomes.ipynb #c018
+#| code-fold: true
 def sweep_table(
     rows:pd.DataFrame,    # of any experiments
     about:dict,           # their descriptions
@@ -131,7 +133,7 @@ def sweep_table(
             out.append(where | {field: value} | _ends(here, about))
     return pd.DataFrame(out).fillna({"test top-1 %": "-"})
 
-# %% ../nbs/12b_outcomes.ipynb #c022
+# %% ../nbs/12b_outcomes.ipynb #c024
 #| code-fold: true
 def coverage(
     rows:pd.DataFrame, # of any experiments
@@ -155,7 +157,7 @@ def coverage(
         out.append(line)
     return pd.DataFrame(out)
 
-# %% ../nbs/12b_outcomes.ipynb #c025
+# %% ../nbs/12b_outcomes.ipynb #c027
 #| code-fold: true
 _CURVES = {  # figure: experiment, and what it has besides the three heads
     "2": ("ufm-10",), "4": ("imagenet-resnet50",), "6": ("cifar10-resnet18",), "7": ("cifar10-vgg13",),
