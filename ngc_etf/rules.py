@@ -112,7 +112,7 @@ def _common_end(runs):
 def _arrival(run, column, line, falls):
     "The first epoch at the line; of what falls, the one from which the run stays below."
     if not falls: return run.epoch[run[column] >= line].min()
-    above = run.epoch[run[column] > line].max()  # NaN where the run never was above
+    above = run.epoch[~(run[column] <= line)].max()  # NaN where it never was; a NaN is not below
     return run.epoch[~(run.epoch <= above)].min()
 
 def _epochs(runs, column, falls=False):
