@@ -176,7 +176,7 @@ def _tally(z, y, hits):
     sure = z.softmax(1).amax(1)
     where = (sure * _BINS).long().clamp(max=_BINS-1)
     gaps = z.new_zeros(_BINS).index_add_(0, where, sure - hits)
-    return torch.cat([torch.stack([loss.new_tensor(len(z)), loss, hits.sum()]), gaps])
+    return torch.cat([torch.stack([loss.new_full((), len(z)), loss, hits.sum()]), gaps])
 
 def _score(h, z, y):
     "The labels as classes, and the tally of one batch."

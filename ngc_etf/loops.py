@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from fastai.callback.progress import ProgressCallback
-from fastai.learner import Learner, Recorder
+from fastai.learner import AvgSmoothLoss, Learner, Recorder
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
 from torch.nn.parallel import DistributedDataParallel
@@ -193,6 +193,13 @@ class Record(_Watch):
 
 # %% ../nbs/11d_loops.ipynb #c021
 #| code-fold: true
+class _SmoothLoss(AvgSmoothLoss):
+    "The smooth average of the losses, on their device."
+    def accumulate(self, learn):
+        self.count += 1
+        loss = learn.loss.detach().mean()
+        self.val = torch.lerp(loss, self.val.to(loss), self.beta)
+
 def _learner(exp, rows, data, dls, device, compile, world_size):
     "The Learner of an experiment, its optimiser made; it trains `net`, which several processes wrap."
     net = network(exp, data.C, device)
@@ -206,6 +213,7 @@ def _learner(exp, rows, data, dls, device, compile, world_size):
     loss = CrossEntropyLossFlat() if exp.loss == "ce" else _loss_function(exp)  # as fastai knows it
     learn = Learner(dls, net, loss, lr=exp.lr, opt_func=opt, path=rows.csv.parent)
     learn.remove_cb(ProgressCallback)
+    learn.recorder.smooth_loss = _SmoothLoss()
     learn.create_opt()
     return learn, net
 

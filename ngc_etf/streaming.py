@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
-from .means import _centre, as_labels
+from .means import _centre, _no_autocast, as_labels
 from .metrics import (
     _batch, _checked_classifier, _disagree, _dual, _f64, _margins, _matrix, cosine_margins)
 from .moments import _MOMENTS, _absorb, _chan, _from_moments, _with_classifier
@@ -40,7 +40,7 @@ class _Moments(Metric):
 
     def _count(self, h, y):
         "Take in a batch."
-        with torch.autocast(h.device.type, enabled=False):
+        with _no_autocast(h.device.type):
             h = h.detach().to(self.mean.dtype)
             new = _absorb(self.count, self.mean, self.spread, self.scatter, h, y)
         for name, t in zip(_MOMENTS, new):
@@ -122,7 +122,7 @@ class _Ruled(_Moments):
     def _judge(self, h, y):
         "Add the verdicts on a batch."
         m, wrong, within = _verdicts([getattr(self, f"rule_{k}") for k in _RULE[:-1]], h, y)
-        sums = torch.stack([m.new_tensor(len(m)), wrong.sum(), m.sum(), within.sum()])
+        sums = torch.stack([m.new_full((), len(m)), wrong.sum(), m.sum(), within.sum()])
         self.tally = self.tally + sums.to(self.tally)
         self.margin_min = torch.minimum(self.margin_min, m.min().to(self.margin_min))
         if self.bins:

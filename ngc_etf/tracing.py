@@ -150,12 +150,19 @@ def _is_derived(z:Tensor, out:Tensor)->bool:
     scale = (z * out).sum() / z.square().sum()
     return any(torch.allclose(w, out, rtol=rtol, atol=1e-5) for w in (z.log_softmax(1), scale * z))
 
+def _place(x:Tensor)->int:
+    "Where the numbers are kept; 0 of a tensor that does not say so, as some kinds of tensors do not."
+    try:
+        return x.untyped_storage().data_ptr()
+    except RuntimeError:
+        return 0
+
 def _makers(calls:dict, out:Tensor)->list:
     "Names of the layers that made this tensor: by its memory, else by its numbers."
     kept = {n: z for n, (z, version) in calls.items() if isinstance(z, Tensor) and z._version == version}
     alike = {n: z for n, z in kept.items() if z.numel() == out.numel()}
-    place = out.untyped_storage().data_ptr()
-    same = [n for n, z in alike.items() if z is out or z.untyped_storage().data_ptr() == place != 0]
+    place = _place(out)
+    same = [n for n, z in alike.items() if z is out or _place(z) == place != 0]
     if same or out.is_meta: return same
     equal = [n for n, z in alike.items() if torch.equal(z.flatten().to(out), out.flatten())]
     return equal or [n for n, z in kept.items() if _is_derived(z, out)]

@@ -4,7 +4,6 @@ import subprocess
 import sys
 import warnings
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ import torch.autograd.forward_ad as forward_ad
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.library import opcheck
-from torch.utils import backend_registration
 
 from ngc_etf import lapack
 from ngc_etf.adjoint import vjp_one_cholesky
@@ -372,14 +370,3 @@ assert H.grad.isfinite().all()
 def test_first_step_with_most_classes_absent():
     "1000 classes of which 250 are present, two threads: MKL's gesdd returned NaN without an error here."
     subprocess.run([sys.executable, "-c", FIRST_STEP], check=True)
-
-
-# ---- a device without float64
-
-
-def test_a_device_without_float64():
-    "In a process of its own: a kind of device is registered once and for all."
-    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
-        pytest.skip("this torch cannot emulate a device in Python")
-    script = Path(__file__).with_name("no_float64.py")
-    subprocess.run([sys.executable, "-W", "error::RuntimeWarning", script], check=True)
