@@ -62,14 +62,17 @@ def _is_unchanged(counts, tensors)->bool:
     now = counts and _counts(tensors)
     return bool(now) and all(a() is b() and m == n for (a, m), (b, n) in zip(counts, now))
 
-def _seems_etf(U, W)->bool:
-    "A look at eight classes: orthonormal columns of U, rows of W with an ETF's products, to 1e-5."
+def _rows_seem_etf(W, eps:float=1e-5)->bool:
+    "A look at eight classes: rows of W with an ETF's products."
     C = len(W)
-    few = slice(None, None, -(-C // 8))
-    some = W[few]
+    some = W[::-(-C // 8)]
     products = C/(C-1) * (torch.eye(len(some), dtype=W.dtype, device=W.device) - 1/C)
     with _exact(W):
-        return _gap(U[:, few]) <= 1e-5 and bool((some @ some.mT - products).abs().max() <= 1e-5)
+        return bool((some @ some.mT - products).abs().max() <= eps)  # False for NaN
+
+def _seems_etf(U, W)->bool:
+    "The same look at both: orthonormal columns of U, rows of W with an ETF's products, to 1e-5."
+    return _gap(U[:, ::-(-len(W) // 8)]) <= 1e-5 and _rows_seem_etf(W)
 
 def _etf_rows(U):
     "W (C, d), the simplex ETF of U, row by row in memory: product and gradient are three times faster so."

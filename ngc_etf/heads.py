@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ngc_etf.directed import (
-    _AboutMean, _counts, _DirectedHead, _etf_rows, _is_unchanged, _mean_is_plain,
+    _AboutMean, _counts, _DirectedHead, _etf_rows, _is_unchanged, _mean_is_plain, _rows_seem_etf,
 )
 from .directed import direction as _direction
 from .layer import Head
@@ -77,6 +77,10 @@ class StandardHead(Head):
         return super().to_linear()
 
 # %% ../nbs/05_heads.ipynb #c014
+_NO_ETF = (
+    "the W of a FixedETFHead is no simplex ETF: somebody has scaled or redrawn it, or nobody has written it "
+    "(a model made on the meta device, loaded without a head); head.reset_parameters() makes it new")
+
 class FixedETFHead(Head):
     "A classifier fixed to one simplex ETF (§4, 'fixed ETF'); no parameters."
     _options = *Head._options, "detach_mean"
@@ -94,6 +98,7 @@ class FixedETFHead(Head):
         self.register_buffer("W", _etf_rows(U))
         self.register_buffer("b", torch.zeros(C, dtype=self.W.dtype))
         self.global_mean, self.detach_mean = RunningGlobalMean(d), detach_mean
+        self._looked = False  # whether W has been seen to be an ETF
 
     @torch.no_grad()
     def reset_parameters(self)->None:
@@ -101,7 +106,15 @@ class FixedETFHead(Head):
         super().reset_parameters()
         self.W.copy_(_etf_rows(_direction(self._start, self.d, self.C)))
 
+    def _look(self):
+        "Once: a `ValueError` where W is no ETF. That of a state in half precision is one."
+        if self.W.is_meta: return
+        if not _rows_seem_etf(self.W, eps=2e-2): raise ValueError(_NO_ETF)
+        self._looked = True
+
     def train_logits(self, x:Tensor, y:Tensor|None)->Tensor:
+        if not (torch.compiler.is_compiling() or self._looked):
+            self._look()
         plain = _mean_is_plain(y)
         W, h_G = self.W.to(x.dtype), self.global_mean(x.detach() if plain or self.detach_mean else x)
         with torch.no_grad():

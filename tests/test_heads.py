@@ -199,6 +199,24 @@ def test_memory_that_nobody_has_written_is_refused():
     back(torch.randn(N, D), y)
 
 
+@pytest.mark.parametrize(
+    "change", [lambda W: W.mul_(0.01), nn.init.kaiming_normal_, lambda W: W.fill_(torch.nan)]
+)
+def test_a_fixed_classifier_that_is_no_etf_is_refused(change):
+    "What a recipe of fine-tuning does to a last layer, or memory that nobody has written."
+    head, y = FixedETFHead(D, C, direction="haar"), torch.arange(N) % C
+    change(head.weight)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="reset_parameters"):
+            head(torch.randn(N, D), y)
+    assert head.global_mean.t == 0
+    head.reset_parameters()
+    head(torch.randn(N, D), y)
+    half, state = FixedETFHead(D, C), head.state_dict()
+    half.load_state_dict({k: v.bfloat16() if v.is_floating_point() else v for k, v in state.items()})
+    half(torch.randn(N, D), y)  # rounded, but one
+
+
 @pytest.mark.parametrize("Head", HEADS)
 def test_buffers_cast_behind_torchs_back_are_widened(Head):
     "FSDP's `buffer_dtype` casts memory, and no module hears of it; an average in bfloat16 soon stands still."
