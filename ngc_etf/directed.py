@@ -62,14 +62,17 @@ def _is_unchanged(counts, tensors)->bool:
     now = counts and _counts(tensors)
     return bool(now) and all(a() is b() and m == n for (a, m), (b, n) in zip(counts, now))
 
-def _seems_etf(U, W)->bool:
-    "A look at eight classes: orthonormal columns of U, rows of W with an ETF's products, to 1e-5."
+def _rows_seem_etf(W, eps:float=1e-5)->bool:
+    "A look at eight classes: rows of W with an ETF's products."
     C = len(W)
-    few = slice(None, None, -(-C // 8))
-    some = W[few]
+    some = W[::-(-C // 8)]
     products = C/(C-1) * (torch.eye(len(some), dtype=W.dtype, device=W.device) - 1/C)
     with _exact(W):
-        return _gap(U[:, few]) <= 1e-5 and bool((some @ some.mT - products).abs().max() <= 1e-5)
+        return bool((some @ some.mT - products).abs().max() <= eps)  # False for NaN
+
+def _seems_etf(U, W)->bool:
+    "The same look at both: orthonormal columns of U, rows of W with an ETF's products, to 1e-5."
+    return _gap(U[:, ::-(-len(W) // 8)]) <= 1e-5 and _rows_seem_etf(W)
 
 def _etf_rows(U):
     "W (C, d), the simplex ETF of U, row by row in memory: product and gradient are three times faster so."
@@ -80,9 +83,10 @@ class _DirectedHead(Head):
     "A head whose W is the simplex ETF of the direction in the buffer U_prox."
     U_prox:Tensor  # (d, C) the direction
 
-    def __init__(self, U:Tensor, means:RunningMeans, tau:float=5.):
-        super().__init__(U.shape[0], U.shape[1], tau)
-        self.means = means
+    def __init__(self, start:str|Tensor, means:RunningMeans, tau:float=5.):
+        U = direction(start, means.d, means.C)
+        super().__init__(means.d, means.C, tau)
+        self.means, self._start = means, U.clone() if isinstance(start, Tensor) else start
         self.register_buffer("U_prox", U)
         self.register_buffer("W", _etf_rows(U))
         self.register_buffer("b", torch.zeros(self.C, dtype=U.dtype))
@@ -102,6 +106,13 @@ class _DirectedHead(Head):
     def _centre(self):
         with _no_autocast(self.W.device.type):
             self.b.copy_(-self.W @ self.means.global_mean.h_G)
+
+    @torch.no_grad()
+    def reset_parameters(self)->None:
+        "As new: the direction of the start (drawn anew, if it is drawn), and no step."
+        super().reset_parameters()
+        U = direction(self._start, self.d, self.C)
+        self._store(U, _etf_rows(U))
 
     def _restore(self, state):
         super()._restore(state)
@@ -134,7 +145,7 @@ class _DirectedHead(Head):
     def __getstate__(self):
         return super().__getstate__() | {"_sealed": None}
 
-# %% ../nbs/04d_directed.ipynb #c019
+# %% ../nbs/04d_directed.ipynb #c021
 class _AboutMean(torch.autograd.Function):
     "z = W (x - h_G) for the mean h_G of x, and a W that is given."
     @staticmethod

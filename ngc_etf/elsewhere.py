@@ -30,7 +30,7 @@ def _need(
         how = f"pip install 'ngc_etf[{extra}]'"
         raise ImportError(f"this needs {package}, which is not installed: {how}") from e
 
-# %% ../nbs/10a_elsewhere.ipynb #c016
+# %% ../nbs/10a_elsewhere.ipynb #c018
 class _Feed:
     "Hooks that hand the labels of a model's forward to its head; a copy of the model has its own."
     def __init__(self, model:nn.Module, head:Head, name:str):
@@ -46,7 +46,9 @@ class _Feed:
 
     def give(self, model, args, kwargs):
         by_place = self.position is not None and self.position < len(args)
-        self.head.targets = args[self.position] if by_place else kwargs.get(self.name)
+        labels = args[self.position] if by_place else kwargs.get(self.name)
+        if labels is not None:
+            self.head.targets = labels
 
     def take_back(self, *args):
         self.head.targets = None
@@ -71,7 +73,7 @@ def feed_labels(
                          f"call swap_head first, or say which")
     return _Feed(model, heads[0], name)
 
-# %% ../nbs/10a_elsewhere.ipynb #c033
+# %% ../nbs/10a_elsewhere.ipynb #c037
 def _without_feeds(model:nn.Module)->nn.Module:
     "The model without hooks of `feed_labels`."
     hooks = [h for m in model.modules() for h in m._forward_pre_hooks.values()]
@@ -95,7 +97,7 @@ def _precisions(model)->set:
     within = {p for head in _heads(model).values() for p in head.parameters()}
     return {p.dtype for p in model.parameters() if p.is_floating_point() and p not in within}
 
-# %% ../nbs/10a_elsewhere.ipynb #c034
+# %% ../nbs/10a_elsewhere.ipynb #c038
 @torch.no_grad()
 def plain(
     model:nn.Module,   # holds one of our heads, or several; stays as it is
@@ -121,7 +123,7 @@ def plain(
             model.set_submodule(n, layer.eval())
     return model
 
-# %% ../nbs/10a_elsewhere.ipynb #c039
+# %% ../nbs/10a_elsewhere.ipynb #c043
 def to_onnx(
     model:nn.Module, # holds one of our heads; exported at evaluation
     x:Tensor,        # an example of its input (N, ...), N at least 2

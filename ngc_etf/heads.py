@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ngc_etf.directed import (
-    _AboutMean, _counts, _DirectedHead, _etf_rows, _is_unchanged, _mean_is_plain,
+    _AboutMean, _counts, _DirectedHead, _etf_rows, _is_unchanged, _mean_is_plain, _rows_seem_etf,
 )
 from .directed import direction as _direction
 from .layer import Head
@@ -39,7 +39,14 @@ class StandardHead(Head):
         super().__init__(d, C, tau, normalise)
         self.W = nn.Parameter(nn.init.orthogonal_(torch.empty(C, d, dtype=_state_dtype())))
         self.register_buffer("b", torch.zeros(C, dtype=_state_dtype()))
-        self._raw = not project_first
+        self._raw = self._begins_raw = not project_first
+        self.project_rows()
+
+    def reset_parameters(self)->None:
+        "As new: rows drawn again."
+        super().reset_parameters()
+        nn.init.orthogonal_(self.W)
+        self._raw = self._begins_raw
         self.project_rows()
 
     def project_rows(self)->None:
@@ -70,6 +77,10 @@ class StandardHead(Head):
         return super().to_linear()
 
 # %% ../nbs/05_heads.ipynb #c014
+_NO_ETF = (
+    "the W of a FixedETFHead is no simplex ETF: somebody has scaled or redrawn it, or nobody has written it "
+    "(a model made on the meta device, loaded without a head); head.reset_parameters() makes it new")
+
 class FixedETFHead(Head):
     "A classifier fixed to one simplex ETF (§4, 'fixed ETF'); no parameters."
     _options = *Head._options, "detach_mean"
@@ -82,11 +93,28 @@ class FixedETFHead(Head):
         detach_mean:bool=False,           # no gradient through h_G, as in the authors' code
     ):
         super().__init__(d, C, tau)
-        self.register_buffer("W", _etf_rows(_direction(direction, d, C)))
+        U = _direction(direction, d, C)
+        self._start = U if isinstance(direction, Tensor) else direction
+        self.register_buffer("W", _etf_rows(U))
         self.register_buffer("b", torch.zeros(C, dtype=self.W.dtype))
         self.global_mean, self.detach_mean = RunningGlobalMean(d), detach_mean
+        self._looked = False  # whether W has been seen to be an ETF
+
+    @torch.no_grad()
+    def reset_parameters(self)->None:
+        "As new: the direction that it was made with (drawn again, if it is drawn), and no step."
+        super().reset_parameters()
+        self.W.copy_(_etf_rows(_direction(self._start, self.d, self.C)))
+
+    def _look(self):
+        "Once: a `ValueError` where W is no ETF. That of a state in half precision is one."
+        if self.W.is_meta: return
+        if not _rows_seem_etf(self.W, eps=2e-2): raise ValueError(_NO_ETF)
+        self._looked = True
 
     def train_logits(self, x:Tensor, y:Tensor|None)->Tensor:
+        if not (torch.compiler.is_compiling() or self._looked):
+            self._look()
         plain = _mean_is_plain(y)
         W, h_G = self.W.to(x.dtype), self.global_mean(x.detach() if plain or self.detach_mean else x)
         with torch.no_grad():
@@ -95,6 +123,11 @@ class FixedETFHead(Head):
         return F.linear(x, W, -W @ h_G)
 
 # %% ../nbs/05_heads.ipynb #c019
+_UNWRITTEN = (
+    "a NearestETFHead trains from memory that nobody has written: its model was made on the meta device, and "
+    "what was loaded into it had no head (transformers: exchange the layer after from_pretrained, not in the "
+    "constructor); head.reset_parameters() makes it new")
+
 class _NearestStep(_DirectedHead):
     "The training step of `NearestETFHead`: means, problem (7), W; run by Python or as a graph."
     delta:float
@@ -109,10 +142,16 @@ class _NearestStep(_DirectedHead):
         self._known = None   # steps so far, and the state of the buffer means.t that they were read from
         self._begun = False  # whether the first step is known to be done
 
+    def reset_parameters(self)->None:
+        super().reset_parameters()
+        self._forget_steps()
+
     def _done(self)->int:
         "Steps so far; read from the buffer only where somebody else has changed it."
         if self._known and _is_unchanged(self._known[1], (self.means.t,)): return self._known[0]
-        return 0 if self.means.t.is_meta else self.means.steps()
+        if self.means.t.is_meta: return 0
+        if not (self._begun or self.means._is_plausible(self.tau)): raise ValueError(_UNWRITTEN)
+        return self.means.steps()
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
@@ -168,7 +207,7 @@ class NearestETFHead(_NearestStep):
         lag:bool=False,               # W from the means of earlier batches only, without gradient
         solve_first:bool=True,        # the first U_prox solves problem (6); the start itself where off
     ):
-        super().__init__(_direction(start, d, C), RunningMeans(d, C, alpha, validate), tau)
+        super().__init__(start, RunningMeans(d, C, alpha, validate), tau)
         _check_positive("delta", delta, "the proximal coefficient")
         if solver not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")

@@ -136,6 +136,8 @@ class Head(_LinearMap):
         if isinstance(h, fx.Proxy): return _as_node(self, h, y)
         if self.training and getattr(self, "_is_replica", False): raise RuntimeError(_REPLICA)
         check_batch(h, None, self.C, self.d)
+        if self.training and self.b.dtype.itemsize < 4:
+            self._widen()
         device = h.device.type
         auto = _knows_autocast(device) and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if auto else h.dtype
@@ -143,3 +145,6 @@ class Head(_LinearMap):
             x = self.features(h)
             z = self._train(x, self.targets if y is None else y) if self.training else self._linear(x)
         return z.to(dtype)
+
+    def __getstate__(self):
+        return super().__getstate__() | {"targets": None}

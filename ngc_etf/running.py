@@ -46,6 +46,18 @@ class Stateful(nn.Module):
             return t.to(new.device) if new.is_floating_point() and new.dtype.itemsize < 4 else new
         return super()._apply(move, recurse)
 
+    @torch.no_grad()
+    def reset_parameters(self)->None:
+        "As new, by torch's name for it: buffers of zeros, here and in its parts."
+        for b in self.buffers():
+            b.zero_()
+
+    def _widen(self)->None:
+        "Floating-point buffers that somebody has cast behind torch's back, in float32 again."
+        for b in self.buffers():
+            if b.is_floating_point() and b.dtype.itemsize < 4:
+                b.data = b.data.float()
+
     def _load_from_state_dict(self, state, prefix, *args):
         own, wrong = self.state_dict(prefix=prefix, keep_vars=True), []
         for k, v in own.items() if own.keys() & state.keys() else ():
@@ -166,6 +178,13 @@ class RunningMeans(Stateful):
     def steps(self)->int:
         "Steps so far, as a number: waits for a GPU."
         return int(self.t.item())
+
+    def _is_plausible(self, tau:float)->bool:
+        "Whether this can be the state for features of norm tau; memory that nobody has written is not."
+        mean = self.global_mean
+        size = torch.stack([self.H_bar.abs().amax(), mean.h_G.abs().amax()])
+        counted = (self.t >= 0) & (self.t == mean.t) & (self.seen >= 0).all()
+        return bool(counted & (size < 1e9*tau).all())  # False for NaN
 
     def train(self, mode:bool=True)->Self:
         "As in `nn.Module`; an error that is still on its way from a GPU is waited for."

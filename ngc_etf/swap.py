@@ -52,6 +52,18 @@ def _reset_classes(model:nn.Module, name:str, before:int, C:int)->None:
             return
 
 # %% ../nbs/05c_swap.ipynb #c008
+_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+
+def _check_unwrapped(model:nn.Module, name:str)->None:
+    "A `ValueError` where something around a layer has taken down the parameters already."
+    parts = name.split(".")
+    for i in range(len(parts)):
+        kinds = {kind.__name__ for kind in type(model.get_submodule(".".join(parts[:i]))).__mro__}
+        for wrapper in kinds & _WRAPPERS:
+            raise ValueError(f"the layer at {name!r} is inside {wrapper}, which knows only the parameters it "
+                             "was made with: exchange the layer first, wrap the model then")
+
+# %% ../nbs/05c_swap.ipynb #c010
 def _describe(head:Head, other:Head)->str:
     "A head by its class, and by the options that another of this class has otherwise."
     mine, theirs = (re.findall(r"\w+=[^,)\n]+", repr(h)) for h in (head, other))
@@ -70,7 +82,7 @@ def _keep(old:Head, place:str, wanted:Head|Callable|None)->str:
     if ours == theirs: return ""
     return f"the head that is there, {ours} at {place!r}, stays; {theirs} was not used"
 
-# %% ../nbs/05c_swap.ipynb #c009
+# %% ../nbs/05c_swap.ipynb #c011
 def swap_head(
     model:nn.Module,                        # model that ends in nn.Linear or in one of our heads
     head:Head|Callable|None=None,           # a Head, or (d, C) -> Head; `NearestETFHead` when None
@@ -91,6 +103,7 @@ def swap_head(
     if d == 0:
         raise ValueError(f"{type(old).__name__} at {place!r} does not know its input dimension yet: "
                          f"give a batch of inputs, example=x, or run the model once first")
+    _check_unwrapped(model, name)
     new, proj = _new_head(head, d, C, project)
     names = _names(model, old)
     if C != before:
@@ -106,7 +119,7 @@ def swap_head(
     message = f"{kind}(d={d}, C={before}) at {place!r} became {type(new).__name__}(C={C}){via}"
     return model if name else layer, new, message
 
-# %% ../nbs/05c_swap.ipynb #c017
+# %% ../nbs/05c_swap.ipynb #c019
 def _projection(
     d:int, # dimension of the features
     C:int, # dimension to reach, more than d
@@ -116,7 +129,7 @@ def _projection(
     nn.init.orthogonal_(proj.weight)
     return proj
 
-# %% ../nbs/05c_swap.ipynb #c024
+# %% ../nbs/05c_swap.ipynb #c026
 def _swap_for_data(
     model:nn.Module, # as in `swap_head`; so are head, at, C, project
     head, at, C, project,

@@ -126,6 +126,19 @@ def test_labels_by_name_or_by_place_are_given_and_taken_back(fed):
     assert not model._forward_pre_hooks and not model._forward_hooks
 
 
+def test_labels_laid_down_by_a_loop_that_keeps_them_from_the_model(fed):
+    "Label smoothing in `Trainer`, or a loss of one's own: the labels never reach `forward`."
+    model, head, _ = fed
+    for step in range(2):
+        head.targets = Y
+        logits = model(X, labels=None)["logits"]
+        F.cross_entropy(logits, Y, label_smoothing=0.1).backward()
+        assert head.targets is None and head.means.t == step + 1
+    head.targets = torch.zeros_like(Y)
+    model(X, Y)  # labels that do reach it come first
+    assert torch.equal(head.means.seen, 3 * torch.bincount(Y).float())
+
+
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
 )

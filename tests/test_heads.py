@@ -52,8 +52,8 @@ def batches(steps=6):
     ]  # one class comes late
 
 
-def step(net, opt, x, y):
-    loss = F.cross_entropy(net(x, y), y)
+def step(net, opt, x, y, labels=None):
+    loss = F.cross_entropy(net(x, y), y if labels is None else labels)
     opt.zero_grad()
     loss.backward()
     opt.step()
@@ -116,6 +116,122 @@ def test_copies_around_the_backward_pass(copier, Head):
     x, y = data[3]
     z = net(x, y)
     assert torch.equal(early(x, y), z) and torch.equal(late(x, y), z)
+
+
+@pytest.mark.parametrize("kw", [{}, dict(use_buffers=True)], ids=str)
+def test_an_average_begun_in_the_middle_takes_no_labels_along(kw):
+    "SWA begins late, with a copy of the model; `update_bn` must not count the labels laid down then."
+    net, opt = fresh(NearestETFHead)
+    for i, (x, y) in enumerate(batches(8)):
+        net.head.targets = y
+        step(net, opt, x, None, y)
+        if i == 3:
+            averaged = AveragedModel(net, **kw)
+        elif i > 3:
+            averaged.update_parameters(net)
+    averaged.eval()
+    before = copy.deepcopy(averaged.module.head.state_dict())
+    update_bn([x for x, _ in batches(4)], averaged)
+    assert averaged.module.head.targets is None and net.head.targets is not None
+    for k, v in averaged.module.head.state_dict().items():
+        assert torch.equal(v, before[k]), k
+
+
+GIVEN = haar_direction(D, C, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "Head, kw",
+    [
+        (StandardHead, {}),
+        (StandardHead, dict(project_first=False)),
+        (FixedETFHead, {}),
+        (FixedETFHead, dict(direction="haar")),
+        (FixedETFHead, dict(direction=GIVEN)),
+        (NearestETFHead, {}),
+        (NearestETFHead, dict(start="haar", solve_every=2)),
+        (NearestETFHead, dict(start=GIVEN, lag=True)),
+    ],
+    ids=str,
+)
+def test_a_loop_over_folds_makes_a_head_new(Head, kw):
+    "The usual loop calls `reset_parameters` of each layer. State and training are those of a new head."
+    data = [(torch.randn(N, D), y) for _, y in batches()]
+    torch.manual_seed(1)
+    head = Head(D, C, **kw)
+    state = copy.deepcopy(head.state_dict())
+    outputs = [head(h, y) for h, y in data]
+    torch.manual_seed(1)
+    for layer in head.modules():
+        layer.reset_parameters()
+    for k, v in head.state_dict().items():
+        assert torch.equal(v, state[k]), k
+    assert all(torch.equal(head(h, y), z) for (h, y), z in zip(data, outputs))
+
+
+def test_a_given_start_is_kept_whatever_becomes_of_it():
+    other = NearestETFHead(D, C, start="haar")
+    head = NearestETFHead(D, C, start=other.U_prox)
+    first = head.U_prox.clone()
+    other(torch.randn(N, D), torch.arange(N) % C)  # moves its U_prox
+    head.reset_parameters()
+    assert torch.equal(head.U_prox, first) and not torch.equal(other.U_prox, first)
+    assert torch.equal(copy.deepcopy(head)._start, first)
+
+
+def test_memory_that_nobody_has_written_is_refused():
+    "A model made on the meta device, given memory, and loaded from a file without its head."
+    head, y = NearestETFHead(D, C).to("meta").to_empty(device="cpu"), torch.arange(N) % C
+    for wrong in (dict(t=-5), dict(t=3), dict(seen=-1.0), dict(H_bar=1e20), dict(H_bar=torch.nan)):
+        head.reset_parameters()
+        for name, value in wrong.items():
+            getattr(head.means, name).fill_(value)
+        before = copy.deepcopy(head.state_dict())
+        with pytest.raises(ValueError, match="reset_parameters"):
+            head(torch.randn(N, D), y)
+        for k, v in head.state_dict().items():
+            assert torch.equal(v.nan_to_num(), before[k].nan_to_num()), k
+    head.reset_parameters()
+    head(torch.randn(N, D), y)
+    assert off_etf(head.weight) < 1e-5 and head.means.t == 1
+    back = NearestETFHead(D, C, tau=1e-3)  # a state of another tau is a state
+    back.load_state_dict(head.state_dict())
+    back(torch.randn(N, D), y)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda W: W.mul_(0.01), nn.init.kaiming_normal_, lambda W: W.fill_(torch.nan)]
+)
+def test_a_fixed_classifier_that_is_no_etf_is_refused(change):
+    "What a recipe of fine-tuning does to a last layer, or memory that nobody has written."
+    head, y = FixedETFHead(D, C, direction="haar"), torch.arange(N) % C
+    change(head.weight)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="reset_parameters"):
+            head(torch.randn(N, D), y)
+    assert head.global_mean.t == 0
+    head.reset_parameters()
+    head(torch.randn(N, D), y)
+    half, state = FixedETFHead(D, C), head.state_dict()
+    half.load_state_dict({k: v.bfloat16() if v.is_floating_point() else v for k, v in state.items()})
+    half(torch.randn(N, D), y)  # rounded, but one
+
+
+@pytest.mark.parametrize("Head", HEADS)
+def test_buffers_cast_behind_torchs_back_are_widened(Head):
+    "FSDP's `buffer_dtype` casts memory, and no module hears of it; an average in bfloat16 soon stands still."
+    ours, theirs = Head(D, C), Head(D, C)
+    theirs.load_state_dict(ours.state_dict())
+    y = torch.arange(N) % C
+    for b in theirs.buffers():
+        b.data = b.data.bfloat16() if b.is_floating_point() else b.data
+    for _ in range(3):
+        h = torch.randn(N, D)
+        z = ours(h, y)
+        assert torch.allclose(theirs(h, y), z, atol=0.1)
+    assert all(b.dtype in (torch.float32, torch.int64) for b in theirs.buffers())
+    if Head is NearestETFHead:
+        assert off_etf(theirs.weight) < 1e-5 and torch.allclose(theirs.means.H_bar, ours.means.H_bar)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])

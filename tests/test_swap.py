@@ -495,3 +495,18 @@ def test_timm_inside_another_model_is_asked_as_well():
         swap_head(outer)  # not silently its second classifier
     assert last_linear(outer, at="net.head") == "net.head"
     assert last_linear(nn.Sequential(create("resnet18", num_classes=0), nn.Linear(512, 3))) == "1"
+
+
+@pytest.mark.parametrize("name", ["DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"])
+def test_inside_a_wrapper_that_knows_the_parameters_nothing_is_exchanged(name):
+    "Theirs would train the projection on each process for itself, and say nothing."
+    Wrapper = type(name, (nn.Module,), {"forward": lambda self, x: self.module(x)})
+    wrapped = Wrapper()
+    wrapped.module = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 4))
+    before = [*wrapped.modules()]
+    for model in (wrapped, nn.Sequential(wrapped)):
+        with pytest.raises(ValueError, match=f"is inside {name}.*exchange the layer first"):
+            swap_head(model, project=True)
+    assert [*wrapped.modules()] == before
+    _, head, _ = swap_head(wrapped.module, project=True)
+    assert swap_head(wrapped) == (wrapped, head, "")  # what is there already may stay
