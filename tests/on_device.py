@@ -88,7 +88,7 @@ def measures():
 
 
 class Stalls(Callback):
-    "Counts what a training step reads back, to the end of what fastai records."
+    "Counts what a training step after the first reads back, to the end of what fastai records."
     order = 100
     most = 0
 
@@ -96,7 +96,7 @@ class Stalls(Callback):
         reads.clear()
 
     def after_batch(self):
-        if self.training:
+        if self.training and self.train_iter > 1:
             self.most = max(self.most, len(reads))
 
 
