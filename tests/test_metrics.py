@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
 from sklearn.neighbors import NearestCentroid
 from torch import nn
 from torchmetrics import MetricCollection
@@ -808,6 +809,26 @@ def test_a_tiny_floor_keeps_its_digits(tau, relu):
     many = cross_entropy_floor(10, tau, relu, [2 ** (-c / 9) for c in range(10)])
     assert 0 < many < 1e-6
     assert many > cross_entropy_floor(10, tau, relu)
+
+
+@pytest.mark.parametrize("C", [3, 10, 40])
+@pytest.mark.parametrize("tau", [5.0, 30.0, 100.0])
+@pytest.mark.parametrize("factor", [1e4, 1e6, 1e9])
+def test_the_floor_of_one_class_that_is_nearly_all(C, tau, factor):
+    "The rare classes are alike: by symmetry one angle, between them and the frequent class, is all there is."
+    W = simplex_etf(C, dtype=torch.float64).numpy()  # symmetric
+    across = W[1:] - W[1:] @ W[0][:, None] * W[0]
+    across /= np.linalg.norm(across, axis=1, keepdims=True)
+    shares = np.array([factor] + [1.0] * (C - 1)) / (factor + C - 1)
+
+    def loss(angle):
+        h = tau * np.concatenate([W[:1], np.cos(angle) * W[:1] + np.sin(angle) * across])
+        z = (h - shares @ h) @ W
+        return shares @ np.array([np.logaddexp.reduce(row - row[c]) for c, row in enumerate(z)])
+
+    best = minimize_scalar(loss, bounds=(0.0, np.pi), method="bounded", options={"xatol": 1e-12}).fun
+    counts = [factor] + [1] * (C - 1)
+    assert math.isclose(cross_entropy_floor(C, tau, counts=counts), best, rel_tol=1e-8)
 
 
 @pytest.mark.parametrize("C", [2, 3, 10, 100, 1000])
