@@ -214,8 +214,9 @@ def long_tail(
     if not factor >= 1 or C < 2 or counts.min() < 1:
         raise ValueError("long_tail needs factor >= 1 and at least 2 classes, each with a sample; "
                          f"got factor={factor}, counts {counts.tolist()}")
-    c = torch.arange(C)
-    share = factor**(-c/(C-1)) if kind == "exponential" else torch.where(c < C/2, 1., 1/factor)
+    c = torch.arange(C, dtype=torch.float32)  # not torch's default, which would change the samples
+    step = torch.where(c < C/2, torch.ones_like(c), 1/factor)
+    share = step if kind == "step" else factor**(-c/(C-1))
     keep = (counts.min() * share).round().clamp(min=1).long()
     perm = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     order = perm[y[perm].argsort(stable=True)]                             # by class, shuffled within each

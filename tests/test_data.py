@@ -552,6 +552,18 @@ def test_long_tail():
         long_tail(y, kind="linear")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_long_tail_does_not_depend_on_the_default_dtype(dtype):
+    y = balanced_labels(100, 54_000)
+    want = {kind: long_tail(y, 256, kind) for kind in ("exponential", "step")}
+    torch.set_default_dtype(dtype)
+    try:
+        for kind, kept in want.items():
+            assert torch.equal(long_tail(y, 256, kind), kept)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 # folders ------------------------------------------------------------------------------------------
 
 
