@@ -564,6 +564,17 @@ def test_a_long_tail_does_not_depend_on_the_default_dtype(dtype):
         torch.set_default_dtype(torch.float32)
 
 
+def test_data_is_made_on_the_cpu_whatever_the_default_device():
+    y = balanced_labels(10, 500)
+    want, x = long_tail(y), load_data("clusters-10").train[0]
+    torch.set_default_device("meta")
+    try:
+        assert torch.equal(long_tail(y), want) and torch.equal(long_tail(y.tolist()), want)
+        assert torch.equal(load_data("clusters-10").train[0], x)
+    finally:
+        torch.set_default_device(None)
+
+
 # folders ------------------------------------------------------------------------------------------
 
 
