@@ -27,7 +27,7 @@ def smoothing(
     alpha:str|float="paper",  # "paper": max(2/(t+1), 1e-4); "cumulative": 1/t; or a constant in (0, 1]
 )->Tensor:                    # the smoothing factor alpha_t; 1 at t = 1 whatever the choice
     "The smoothing factor of Eq. 9 at step t."
-    t = t.to(_state_dtype())
+    t = t.to(torch.promote_types(t.dtype, _state_dtype()))
     if alpha == "paper": return (2 / (t+1)).clamp(min=1e-4)
     if alpha == "cumulative": return 1 / t
     return torch.where(t == 1, torch.ones_like(t), float(alpha))
@@ -150,7 +150,8 @@ class RunningMeans(Stateful):
         if not self.training: return _unit(self.H_bar, self.global_mean.h_G), self.global_mean.h_G
         sums, counts = _sums(h, check_batch(h, y, self.C, self.d), self.C, self.check)
         batch, h_G = _centre(_class_means(sums, counts), counts)
-        share = torch.where(self.seen > 0, smoothing(self.t + 1, self.alpha), 1.) * (counts > 0)
+        alpha_t = smoothing((self.t + 1).to(self.H_bar.dtype), self.alpha)
+        share = torch.where(self.seen > 0, alpha_t, 1.) * (counts > 0)
         H_bar = torch.lerp(self.H_bar.to(batch.dtype, copy=True), batch, share.to(batch.dtype))
         self._store(H_bar, counts, h_G)
         return _unit(H_bar, h_G), h_G

@@ -127,6 +127,22 @@ def test_the_schedule_of_solves(k):
         assert torch.equal(W, net.head.weight) == (i % k != 0) and net.head.means.t == t + 1
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_features_norm_is_tau_whatever_torchs_default(default, dtype):
+    "In training as at evaluation, to the rounding of the head's own type."
+    head = StandardHead(5, 3, tau=0.3).to(dtype)
+    h = torch.randn(7, 5, dtype=dtype)
+    torch.set_default_dtype(default)
+    try:
+        norms = [head.train(mode).features(h).norm(dim=1) for mode in (True, False)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for norm in norms:
+        assert norm.dtype == dtype
+        assert (norm - 0.3).abs().max() < 4 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("Head", HEADS)
 @pytest.mark.parametrize("shape", [(D,), (2, 3, D), (2, 3, 4, D)])
 def test_features_of_any_shape_have_the_gradient_of_their_rows(Head, shape):
