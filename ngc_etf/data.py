@@ -26,7 +26,7 @@ def balanced_labels(
     device:torch.device|str|None=None,  # as in `torch.arange`
 )->Tensor:                              # y (N,) int64: 0..C-1 in turn
     "Labels in which the class counts differ by at most one."
-    if N < C: raise ValueError(f"N samples must cover the C classes: got N={N}, C={C}")
+    if not 1 <= C <= N: raise ValueError(f"N samples must cover C >= 1 classes: got N={N}, C={C}")
     return torch.arange(N, device=device) % C
 
 # %% ../nbs/08_data.ipynb #c009

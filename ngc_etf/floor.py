@@ -15,7 +15,8 @@ import numpy as np
 def _largest_margin(C, tau, relu):
     "The largest mean margin of balanced classes."
     if C < 2: raise ValueError(f"a simplex ETF needs at least 2 classes, got C={C}")
-    if not tau > 0: raise ValueError(f"tau, the norm of the features, must be positive, got tau={tau}")
+    if not 0 < tau < math.inf:
+        raise ValueError(f"tau, the norm of the features, must be positive and finite, got tau={tau}")
     return tau * (C / (C-1))**(.5 if relu else 1)
 
 def _loss_at(margin, C):

@@ -172,10 +172,10 @@ class NearestETFHead(_NearestStep):
         _check_positive("delta", delta, "the proximal coefficient")
         if solver not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-        if not (isinstance(solve_every, int) and solve_every >= 1):
+        if not (hasattr(solve_every, "__index__") and solve_every >= 1):
             raise ValueError(f"solve_every must be a whole number of steps from 1, got {solve_every!r}")
         self.delta, self.ddn_grad, self.solver = delta, ddn_grad, solver
-        self.solve_every, self.lag, self.solve_first = solve_every, lag, solve_first
+        self.solve_every, self.lag, self.solve_first = int(solve_every), lag, solve_first
         self._forget_steps()
 
     def train_logits(self, x:Tensor, y:Tensor|None)->Tensor:

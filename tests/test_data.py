@@ -355,6 +355,7 @@ def test_resume_anywhere(cut):
     "bad,match",
     [
         (dict(batch_size=0), "batch_size=0"),
+        (dict(batch_size=3.0), "batch_size=3.0"),
         (dict(rank=2, world_size=2), "rank=2, world_size=2"),
         (dict(world_size=0), "world_size=0"),
         (dict(y=[]), "at least one label"),
@@ -550,6 +551,12 @@ def test_long_tail():
         long_tail(y, float("nan"))
     with pytest.raises(ValueError, match="kind='linear'"):
         long_tail(y, kind="linear")
+
+
+@pytest.mark.parametrize("C", [0, -2, 6])
+def test_balanced_labels_need_a_class_and_a_sample_of_each(C):
+    with pytest.raises(ValueError, match=f"C={C}"):
+        balanced_labels(C, 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

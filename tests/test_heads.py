@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -957,3 +958,18 @@ def test_functional_calls(Head):
     F.cross_entropy(head(body(x), y), y).backward()
     for name, p in body.named_parameters():
         assert torch.allclose(grads[name], p.grad, atol=1e-6)
+
+
+def test_labels_in_a_list_are_named():
+    h, y = torch.randn(6, 5), [0, 1, 2, 0, 1, 2]
+    with pytest.raises(TypeError, match="labels must be a tensor, got list"):
+        NearestETFHead(5, 3)(h, y)
+    FixedETFHead(5, 3)(h, y)  # which needs none
+
+
+def test_a_whole_number_of_numpys_is_one():
+    a, b = NearestETFHead(5, 3, solve_every=np.int64(2)), NearestETFHead(5, 3, solve_every=2)
+    assert repr(a) == repr(b)
+    y = torch.arange(6) % 3
+    for h in torch.randn(3, 6, 5):
+        assert torch.equal(a(h, y), b(h, y))

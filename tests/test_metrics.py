@@ -743,6 +743,14 @@ def test_hooks_are_called_in_compiled_models():
         assert not model.training
 
 
+def test_complex_numbers_are_refused():
+    W = torch.randn(3, 4) + 1j
+    with pytest.raises(ValueError, match="W must be real, got torch.complex64"):
+        M.nc2(W)
+    with pytest.raises(ValueError, match="h must be real"):
+        M.nc1(W, torch.arange(3), 3)
+
+
 # ---- the floor of the loss
 
 
@@ -854,6 +862,7 @@ def test_the_bound_shares_out_the_whole_sum(C, factor, tau):
     [
         (dict(C=1), "C=1"),
         (dict(C=10, tau=0), "tau=0"),
+        (dict(C=10, tau=math.inf), "tau=inf"),
         (dict(C=3, counts=[1, 2]), "counts must hold 3 positive numbers"),
         (dict(C=3, counts=[1, 2, 0]), "counts must hold 3 positive numbers"),
         (dict(C=2, counts=[1, math.nan]), "counts must hold 2 positive numbers"),
