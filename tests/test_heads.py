@@ -973,3 +973,33 @@ def test_a_whole_number_of_numpys_is_one():
     y = torch.arange(6) % 3
     for h in torch.randn(3, 6, 5):
         assert torch.equal(a(h, y), b(h, y))
+
+
+@pytest.mark.parametrize("options", [{}, {"normalise": False}, {"project_first": False}])
+@pytest.mark.parametrize("size", [1.0, 2.0])
+def test_torch_func_trains_a_standard_head(options, size):
+    "With the parameters as they are, by sample and for several heads at once; nothing is changed in place."
+    def make():
+        torch.manual_seed(0)
+        head = StandardHead(D, C, **options)
+        head.W.data.mul_(size)
+        return head
+
+    def loss(parameters, h, y):
+        return F.cross_entropy(torch.func.functional_call(head, parameters, (h,)), y)
+
+    h, y = torch.randn(N, D), torch.arange(N) % C
+    head, plain = make(), make()
+    parameters, before = dict(head.named_parameters()), head.W.clone()
+    F.cross_entropy(plain(h), y).backward()
+    got = torch.func.grad(loss)(parameters, h, y)["W"]
+    assert torch.allclose(got, plain.W.grad, atol=1e-6) and torch.equal(head.W, before)
+
+    head = make()
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, h[:, None], y[:, None])["W"]
+    assert torch.allclose(each.mean(0), plain.W.grad, atol=1e-6)
+
+    head = make()
+    stacked, buffers = torch.func.stack_module_state([make(), make()])
+    z = torch.func.vmap(lambda *state: torch.func.functional_call(head, state, (h,)))(stacked, buffers)
+    assert torch.allclose(z[1], make()(h), atol=1e-5)
