@@ -24,7 +24,7 @@ def _uniform(
     "One uniform number an image; of a shared batch, this rank's numbers."
     rank, world_size, whole = share or (0, 1, len(x))
     device = generator.device if generator is not None else None
-    numbers = torch.rand(whole, generator=generator, device=device)
+    numbers = torch.rand(whole, generator=generator, device=device, dtype=torch.float32)
     return numbers[rank::world_size].to(x.device)
 
 # %% ../nbs/08a_augment.ipynb #c010
@@ -88,7 +88,7 @@ class Augment:
             x = _window(x, self.pad, draw, self.flip)
         if self.rotate:
             x = _rotate(x, (2*draw() - 1) * self.rotate)
-        mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        mean, std = (x.new_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (self.mean, self.std))
         return (x * (1/(255*std))).sub_(mean/std)
 
 # %% ../nbs/08a_augment.ipynb #c022

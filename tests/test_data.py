@@ -571,6 +571,19 @@ def test_a_long_tail_does_not_depend_on_the_default_dtype(dtype):
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_augmented_images_are_float32_and_the_same_whatever_the_default(dtype):
+    x = torch.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8).to(torch.uint8)
+    augment = Augment((0.4, 0.5, 0.6), (0.2, 0.2, 0.3), 2, True, 10.0)
+    want = augment(x, torch.Generator().manual_seed(0))
+    torch.set_default_dtype(dtype)
+    try:
+        got = augment(x, torch.Generator().manual_seed(0))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == want.dtype == torch.float32 and torch.equal(got, want)
+
+
 def test_data_is_made_on_the_cpu_whatever_the_default_device():
     y = balanced_labels(10, 500)
     want, x = long_tail(y), load_data("clusters-10").train[0]
