@@ -128,6 +128,7 @@ class _NearestStep(_DirectedHead):
         return 0 if self.means.t.is_meta else self.means.steps()
 
     def _load_from_state_dict(self, *args):
+        self._sealed = self._known = None  # torch may swap tensors, but none that is weakly referenced
         super()._load_from_state_dict(*args)
         self._begun = False
 

@@ -1003,3 +1003,20 @@ def test_torch_func_trains_a_standard_head(options, size):
     stacked, buffers = torch.func.stack_module_state([make(), make()])
     z = torch.func.vmap(lambda *state: torch.func.functional_call(head, state, (h,)))(stacked, buffers)
     assert torch.allclose(z[1], make()(h), atol=1e-5)
+
+
+@pytest.mark.parametrize("Head", HEADS)
+def test_a_state_is_loaded_where_torch_swaps_tensors(Head):
+    head, y = Head(D, C), torch.arange(N) % C
+    h = torch.randn(N, D)
+    head(h, y)
+    state = copy.deepcopy(head.state_dict())
+    head(2 * h + 1, y)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        head.load_state_dict(state)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    for name, value in head.state_dict().items():
+        assert torch.equal(value, state[name])
+    head(h, y)
