@@ -60,7 +60,7 @@ def _rotate(
 
 # %% ../nbs/08a_augment.ipynb #c014
 class Augment:
-    "Pad, crop, flip, rotate, normalise: (x uint8 (N, ch, H, W), generator) -> float32 of the same shape."
+    "Pad, crop, flip, rotate, normalise: uint8 (N, ch, H, W) -> torch's default type, of the same shape."
     def __init__(self,
         mean:Iterable[float],   # per channel, of pixels in [0, 1]
         std:Iterable[float],    # per channel
@@ -88,7 +88,7 @@ class Augment:
             x = _window(x, self.pad, draw, self.flip)
         if self.rotate:
             x = _rotate(x, (2*draw() - 1) * self.rotate)
-        mean, std = (x.new_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (self.mean, self.std))
+        mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
         return (x * (1/(255*std))).sub_(mean/std)
 
 # %% ../nbs/08a_augment.ipynb #c022
