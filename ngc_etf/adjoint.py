@@ -14,6 +14,7 @@ from .implicit import (
 from .lapack import eigh, inverse, solve
 from .procrustes import polar_vjp
 from .simplex import _check_positive, check_classes, standard_etf
+from .solvers import _exact
 
 # %% ../nbs/04a_adjoint.ipynb #c009
 def _block(H, U, U_prox, delta):
@@ -62,8 +63,9 @@ def ddn_vjp(
     "Stage 3, Proposition 1 without Kronecker products: v' Dy in O(dC + C²) memory."
     _check_problem(H, U, U_prox, delta)
     if v.shape != H.shape: raise ValueError(f"v must have H's shape {tuple(H.shape)}, got {tuple(v.shape)}")
-    s, V = eigh(_block(H, U, U_prox, delta))
-    dP = polar_vjp(U, s.clamp(min=0), V, v)
+    with _exact(H):
+        s, V = eigh(_block(H, U, U_prox, delta))
+        dP = polar_vjp(U, s.clamp(min=0), V, v)
     return (dP - dP.mean(1, keepdim=True)) * (2 / (H.shape[1]-1)**.5)
 
 # %% ../nbs/04a_adjoint.ipynb #c030

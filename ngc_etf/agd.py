@@ -87,8 +87,9 @@ class AGD(Optimizer):
         generator:torch.Generator|None=None,  # on the CPU, for a reproducible draw
     )->None:
         "Each kernel position becomes an orthogonal matrix times sv(p); frozen parameters stay as they are."
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         for p in (p for g in self.param_groups for p in g["params"] if p.requires_grad):
-            A = torch.empty(p.shape[2:].numel(), *p.shape[:2])
+            A = torch.empty(p.shape[2:].numel(), *p.shape[:2], dtype=dtype, device="cpu")
             for a in A:
                 orthogonal_(a, gain=_singular_size(p), generator=generator)
             p.copy_(A.movedim(0, -1).reshape(p.shape))

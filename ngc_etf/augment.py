@@ -24,7 +24,7 @@ def _uniform(
     "One uniform number an image; of a shared batch, this rank's numbers."
     rank, world_size, whole = share or (0, 1, len(x))
     device = generator.device if generator is not None else None
-    numbers = torch.rand(whole, generator=generator, device=device)
+    numbers = torch.rand(whole, generator=generator, device=device, dtype=torch.float32)
     return numbers[rank::world_size].to(x.device)
 
 # %% ../nbs/08a_augment.ipynb #c010
@@ -60,7 +60,7 @@ def _rotate(
 
 # %% ../nbs/08a_augment.ipynb #c014
 class Augment:
-    "Pad, crop, flip, rotate, normalise: (x uint8 (N, ch, H, W), generator) -> float32 of the same shape."
+    "Pad, crop, flip, rotate, normalise: uint8 (N, ch, H, W) -> torch's default type, of the same shape."
     def __init__(self,
         mean:Iterable[float],   # per channel, of pixels in [0, 1]
         std:Iterable[float],    # per channel

@@ -45,7 +45,8 @@ def _checked_labels(
     if y.ndim != 1 or y.dtype.kind not in "iu" or not len(y) or y.min() < 0:
         raise ValueError("y must hold at least one label, integers from 0, in one dimension; "
                          f"got shape {y.shape}, {y.dtype}, minimum {y.min() if y.size else 'none'}")
-    if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got batch_size={batch_size}")
+    if not hasattr(batch_size, "__index__") or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number, at least 1, got batch_size={batch_size}")
     if world_size < 1 or not 0 <= rank < world_size:
         raise ValueError(f"rank must lie in 0..world_size-1, got rank={rank}, world_size={world_size}")
     need = batch_size * world_size if drop_last else world_size

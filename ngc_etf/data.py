@@ -26,7 +26,7 @@ def balanced_labels(
     device:torch.device|str|None=None,  # as in `torch.arange`
 )->Tensor:                              # y (N,) int64: 0..C-1 in turn
     "Labels in which the class counts differ by at most one."
-    if N < C: raise ValueError(f"N samples must cover the C classes: got N={N}, C={C}")
+    if not 1 <= C <= N: raise ValueError(f"N samples must cover C >= 1 classes: got N={N}, C={C}")
     return torch.arange(N, device=device) % C
 
 # %% ../nbs/08_data.ipynb #c009
@@ -72,7 +72,7 @@ def _clusters(spec:DataSpec)->tuple:
     A = rng.standard_normal((k, k)) / k**.5
     means = rng.standard_normal((spec.C, k))
     def draw(n):
-        y = balanced_labels(spec.C, n)
+        y = balanced_labels(spec.C, n, "cpu")
         h = means[y.numpy()] + spec.noise * rng.standard_normal((n, k))
         x = np.tanh(h @ A.T) + h/10
         return torch.from_numpy(np.rint(1024*x) / 1024).float(), y
@@ -206,7 +206,7 @@ def long_tail(
     seed:int=0,                 # of the choice within a class
 )->Tensor:                      # indices to keep, in order
     "Indices of a long-tailed version of a data set; each class keeps at least one sample."
-    y = torch.as_tensor(y)
+    y = torch.as_tensor(y, device="cpu")
     counts = y.bincount()
     C = len(counts)
     if kind not in ("exponential", "step"):
@@ -214,12 +214,13 @@ def long_tail(
     if not factor >= 1 or C < 2 or counts.min() < 1:
         raise ValueError("long_tail needs factor >= 1 and at least 2 classes, each with a sample; "
                          f"got factor={factor}, counts {counts.tolist()}")
-    c = torch.arange(C)
-    share = factor**(-c/(C-1)) if kind == "exponential" else torch.where(c < C/2, 1., 1/factor)
+    c = torch.arange(C, dtype=torch.float32, device="cpu")  # torch's default might change the samples
+    step = torch.where(c < C/2, torch.ones_like(c), 1/factor)
+    share = step if kind == "step" else factor**(-c/(C-1))
     keep = (counts.min() * share).round().clamp(min=1).long()
-    perm = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    order = perm[y[perm].argsort(stable=True)]                             # by class, shuffled within each
-    place = torch.arange(len(y)) - (counts.cumsum(0) - counts)[y[order]]   # place within the class
+    perm = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed), device="cpu")
+    order = perm[y[perm].argsort(stable=True)]  # by class, shuffled within each
+    place = torch.arange(len(y), device="cpu") - (counts.cumsum(0) - counts)[y[order]]  # within the class
     return order[place < keep[y[order]]].sort().values
 
 # %% ../nbs/08_data.ipynb #c036

@@ -15,7 +15,8 @@ import numpy as np
 def _largest_margin(C, tau, relu):
     "The largest mean margin of balanced classes."
     if C < 2: raise ValueError(f"a simplex ETF needs at least 2 classes, got C={C}")
-    if not tau > 0: raise ValueError(f"tau, the norm of the features, must be positive, got tau={tau}")
+    if not 0 < tau < math.inf:
+        raise ValueError(f"tau, the norm of the features, must be positive and finite, got tau={tau}")
     return tau * (C / (C-1))**(.5 if relu else 1)
 
 def _loss_at(margin, C):
@@ -45,16 +46,17 @@ def _tail_floor(shares, tau, relu, rtol=1e-9, steps=10_000):
     length = lambda a: np.linalg.norm(a, axis=1, keepdims=True)
     h = tau * np.eye(len(shares))
     loss, g = _tail_value(h, shares)
-    size, rounding = 1., 1e-15 * (1+tau)
+    size, rounding = tau, 1e-15 * (1+tau)
     for _ in range(steps):
         gap = shares @ ((g * h).sum(1) + tau * length(part(-g))[:, 0])
         if gap <= rtol: return float(loss)
         while True:  # a step that the quadratic bound allows, shorter until it does
-            new = part(h - size*g)
+            pace = size / np.maximum(length(g), 1e-300)  # each class's own
+            new = part(h - pace*g)
             new = new * np.minimum(1, tau / np.maximum(length(new), 1e-300))
             new_loss, new_g = _tail_value(new, shares)
             move = new - h
-            slope = shares @ (g*move + move**2 / (2*size)).sum(1)
+            slope = shares @ (g*move + move**2 / (2*pace)).sum(1)
             if new_loss <= loss * (1 + slope + rounding): break
             size /= 2
         h, loss, g, size = new, new_loss, new_g, 1.5*size

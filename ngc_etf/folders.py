@@ -174,7 +174,8 @@ class FolderLoader(BatchLoader):
         else:
             g.set_state(begin)
         for idx, whole in samples:
-            rows = torch.rand(whole, 2, generator=g)[self.rank::self.world_size].tolist()
+            windows = torch.rand(whole, 2, generator=g, dtype=torch.float32)
+            rows = windows[self.rank::self.world_size].tolist()
             places.append(g.get_state())
             items = range(len(self.y))[idx] if isinstance(idx, slice) else idx
             yield [(i, *place) for i, place in zip(items, rows)] if self.crop else list(items)

@@ -52,15 +52,28 @@ class StandardHead(Head):
     def project_rows(self)->None:
         "Rows back to unit norm, outside autograd. Unit rows stay as they are, to the bit."
         if self._raw or not self.normalise: return
-        norm = self.W.data.norm(dim=1, keepdim=True)
+        self.W.data.div_(self._lengths(self.W.data))
+
+    def _lengths(self, W):
+        "Norms (C, 1) of the rows, 1 where that is right to rounding."
+        norm = W.norm(dim=1, keepdim=True)
         off = (norm - 1).abs() > 32*torch.finfo(norm.dtype).eps
-        self.W.data.div_(torch.where(off, norm.clamp(min=1e-12), 1.))
+        return torch.where(off, norm.clamp(min=1e-12), 1.)
+
+    def _projected(self):
+        "W after `project_rows`; under `torch.func`, which keeps tensors as they are, a projected copy."
+        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+            self.project_rows()
+            return self.W
+        if self._raw or not self.normalise: return self.W
+        W = self.W.detach()
+        return self.W + (W / self._lengths(W) - W)  # outside autograd as well
 
     def train_logits(self, x:Tensor, y:Tensor|None)->Tensor:
-        self.project_rows()
+        W = self._projected()
         if self._raw:
             self._raw = False
-        return F.linear(x, self.W.to(x.dtype))
+        return F.linear(x, W.to(x.dtype))
 
     def train(self, mode:bool=True)->Self:
         "As in `nn.Module`; whoever looks at W between steps or after the last one finds it projected."
@@ -154,6 +167,7 @@ class _NearestStep(_DirectedHead):
         return self.means.steps()
 
     def _load_from_state_dict(self, *args):
+        self._sealed = self._known = None  # torch may swap tensors, but none that is weakly referenced
         super()._load_from_state_dict(*args)
         self._begun = False
 
@@ -211,10 +225,10 @@ class NearestETFHead(_NearestStep):
         _check_positive("delta", delta, "the proximal coefficient")
         if solver not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-        if not (isinstance(solve_every, int) and solve_every >= 1):
+        if not (hasattr(solve_every, "__index__") and solve_every >= 1):
             raise ValueError(f"solve_every must be a whole number of steps from 1, got {solve_every!r}")
         self.delta, self.ddn_grad, self.solver = delta, ddn_grad, solver
-        self.solve_every, self.lag, self.solve_first = solve_every, lag, solve_first
+        self.solve_every, self.lag, self.solve_first = int(solve_every), lag, solve_first
         self._forget_steps()
 
     def train_logits(self, x:Tensor, y:Tensor|None)->Tensor:

@@ -62,7 +62,7 @@ def objective_gradient(H:Tensor, U:Tensor, U_prox:Tensor, delta:float)->Tensor:
 def _hessian_block(H, delta):
     "The C x C block of D²_UU f = I_d ⊗ block: Eq. 32, second line."
     M̃ = standard_etf(H.shape[1], H.dtype, H.device)
-    return 2*M̃ @ M̃ + delta * torch.eye(H.shape[1]).to(H)
+    return 2*M̃ @ M̃ + delta * torch.eye(H.shape[1], dtype=H.dtype, device=H.device)
 
 # %% ../nbs/04_implicit.ipynb #c021
 def constraint_jacobian(
@@ -138,7 +138,7 @@ def ddn_jacobian(
         block = sigma(H, U, U_prox, delta)
     else:
         block = _contract(lagrange_multipliers(H, U, U_prox, delta), C)
-    I_d = torch.eye(d).to(H)
+    I_d = torch.eye(d, dtype=H.dtype, device=H.device)
     G = torch.kron(I_d, _hessian_block(H, delta) - block)
     B = torch.kron(I_d, -2*standard_etf(C, H.dtype, H.device))
     A = constraint_jacobian(U)

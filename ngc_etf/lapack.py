@@ -65,8 +65,10 @@ def _first_right(
     routes:dict,    # name -> function of args, the usual one first
     right,          # (*args, answer) -> bool
 ):
-    "The first answer that is right; `RuntimeError` if there is none, `ValueError` if an argument has NaN."
-    shape = tuple(args[0].shape)
+    "The first answer that is right; `RuntimeError` if there is none, `ValueError` for NaN or another type."
+    shape, dtype = tuple(args[0].shape), args[0].dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{what} needs a matrix in float32 or float64, got {dtype}")
     if args[0].is_meta: return next(iter(routes.values()))(*args)  # a shape has no values to be wrong
     for name, route in routes.items():
         try:
@@ -110,13 +112,17 @@ def _svd_by_eigh(A):
     V = torch.linalg.eigh(A.mT @ A)[1].flip(-1)
     Q, R = torch.linalg.qr(A @ V)
     s = R.diagonal(dim1=-2, dim2=-1)
-    return Q * torch.where(s < 0, -1., 1.).to(A)[..., None, :], s.abs(), V.mT
+    Q = Q * torch.where(s < 0, -1., 1.).to(A)[..., None, :]
+    s, order = s.abs().sort(dim=-1, descending=True)  # the small ones, known to √ε, may lie in another
+    order = order[..., None, :]
+    return Q.gather(-1, order.expand_as(Q)), s, V.gather(-1, order.expand_as(V)).mT
 
 def _right_svd(A, factors):
     Q, s, Vh = factors
     x, size = _probe(A.shape[-1], A)
     whole = _equal(Q @ (s[..., None] * (Vh @ x)), A @ x, _size(A) * size)
-    return whole and _orthonormal(Q) and _orthonormal(Vh.mT)
+    ordered = bool((s.diff(dim=-1) <= 0).all() and (s >= 0).all())
+    return whole and ordered and _orthonormal(Q) and _orthonormal(Vh.mT)
 
 # %% ../nbs/00a_lapack.ipynb #c017
 def svd(
@@ -137,7 +143,7 @@ def _right_eigh(S, factors):
     w, V = factors
     x, size = _probe(S.shape[-1], S)
     c = V.mT @ x
-    if not _equal(V @ c, x, size): return False
+    if not _equal(V @ c, x, size) or (w.diff(dim=-1) < 0).any(): return False
     image, size = V @ (w[..., None] * c), size * _size(S)
     if _equal(image, S @ x, size): return True
     L = S.tril()  # what LAPACK has read

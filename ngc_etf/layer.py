@@ -21,7 +21,7 @@ from .simplex import _check_positive
 def _scale(h, tau):
     "tau / |h|, row by row; 0 where h is 0."
     norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
-    return (norm > 0) * tau / norm.clamp(min=1e-12)
+    return torch.where(norm > 0, tau, torch.zeros_like(norm)) / norm.clamp(min=1e-12)
 
 def _is_looked_into()->bool:
     "Whether a compiler, `torch.func` or forward mode is at work, for whom a function of our own is closed."

@@ -98,6 +98,8 @@ def as_labels(
 )->Tensor:    # (N,) int64, or the probabilities as given
     "Labels in the form that the package computes with, or a `ValueError`. Reads no values."
     _need_tensor("labels", y)
+    if type(y) is not Tensor and type(y).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        y = y.as_subclass(Tensor)  # fastai's labels do not mix with its images
     if y.is_floating_point() and y.ndim == 2:
         if y.shape == (N, C): return y
         raise ValueError(f"soft labels must have shape ({N}, {C}), got {tuple(y.shape)}")

@@ -32,6 +32,7 @@ def _matrix(
     want = ", ".join("any" if s is None else str(s) for s in shape) + ("," if len(shape) == 1 else "")
     if t.ndim != len(shape) or any(s not in (None, n) for s, n in zip(shape, t.shape)):
         raise ValueError(f"{name} must have shape ({want}), got {tuple(t.shape)}")
+    if t.is_complex(): raise ValueError(f"{name} must be real, got {t.dtype}")
     bad = (~t.isfinite()).sum().item()
     if bad: raise ValueError(f"{name} must be finite, got {bad} entries that are not")
     return _f64(t)

@@ -27,7 +27,7 @@ def smoothing(
     alpha:str|float="paper",  # "paper": max(2/(t+1), 1e-4); "cumulative": 1/t; or a constant in (0, 1]
 )->Tensor:                    # the smoothing factor alpha_t; 1 at t = 1 whatever the choice
     "The smoothing factor of Eq. 9 at step t."
-    t = t.to(_state_dtype())
+    t = t.to(torch.promote_types(t.dtype, _state_dtype()))
     if alpha == "paper": return (2 / (t+1)).clamp(min=1e-4)
     if alpha == "cumulative": return 1 / t
     return torch.where(t == 1, torch.ones_like(t), float(alpha))
@@ -111,12 +111,14 @@ class RunningGlobalMean(Stateful):
 
 # %% ../nbs/02a_running.ipynb #c016
 def _unit(
-    H_bar:Tensor, # (d, C) centred class means
-    h_G:Tensor,   # (d,) the global mean they were centred by
-)->Tensor:        # H̃ (d, C)
+    H_bar:Tensor,  # (d, C) centred class means
+    h_G:Tensor,    # (d,) the global mean they were centred by
+    counts:Tensor, # (C,) samples of each class in the batch
+)->Tensor:         # H̃ (d, C)
     "H̃ = H̄ / |H̄|; zero, or zero up to rounding, gives zero and no gradient."
     info = torch.finfo(H_bar.dtype)
-    rounding = (10*info.eps * H_bar.shape[1]**.5 * h_G.detach().norm()).clamp(min=info.tiny)
+    roundings = (counts.amax()/4).clamp(min=10)
+    rounding = (roundings * info.eps * H_bar.shape[1]**.5 * h_G.detach().norm()).clamp(min=info.tiny)
     real = H_bar.detach().norm() > rounding
     safe = torch.where(real, H_bar, 1.)  # a norm of zero would have a second derivative of NaN
     return torch.where(real, safe / safe.norm(), 0.)
@@ -159,13 +161,16 @@ class RunningMeans(Stateful):
         y:Tensor, # (N,) labels, or (N, C) class probabilities
     )->tuple:     # H (d, C) of unit Frobenius norm, h_G (d,) the batch's global mean; both carry gradient
         "One step in training; in evaluation the stored means, and nothing changes."
-        if not self.training: return _unit(self.H_bar, self.global_mean.h_G), self.global_mean.h_G
+        if not self.training:
+            h_G = self.global_mean.h_G
+            return _unit(self.H_bar, h_G, torch.zeros_like(self.seen)), h_G
         sums, counts = _sums(h, check_batch(h, y, self.C, self.d), self.C, self.check)
         batch, h_G = _centre(_class_means(sums, counts), counts)
-        share = torch.where(self.seen > 0, smoothing(self.t + 1, self.alpha), 1.) * (counts > 0)
+        alpha_t = smoothing((self.t + 1).to(self.H_bar.dtype), self.alpha)
+        share = torch.where(self.seen > 0, alpha_t, 1.) * (counts > 0)
         H_bar = torch.lerp(self.H_bar.to(batch.dtype, copy=True), batch, share.to(batch.dtype))
         self._store(H_bar, counts, h_G)
-        return _unit(H_bar, h_G), h_G
+        return _unit(H_bar, h_G, counts), h_G
 
     @torch.no_grad()
     def _store(self, H_bar, counts, h_G):

@@ -107,6 +107,18 @@ def test_memory_layout_does_not_matter():
     torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_by_default_starts_orthogonal(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        p = nn.Parameter(torch.zeros(6, 4))
+        AGD([p]).init_weights(torch.Generator().manual_seed(0))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    p = p.detach().float()
+    torch.testing.assert_close(p.T @ p, 1.5 * torch.eye(4), atol=1e-2, rtol=0)
+
+
 @pytest.mark.parametrize(
     "net", [nn.Linear(3, 2), nn.Conv2d(2, 2, 3, bias=True), nn.BatchNorm2d(4), nn.Conv1d(2, 2, 3, bias=False)]
 )

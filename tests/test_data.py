@@ -355,6 +355,7 @@ def test_resume_anywhere(cut):
     "bad,match",
     [
         (dict(batch_size=0), "batch_size=0"),
+        (dict(batch_size=3.0), "batch_size=3.0"),
         (dict(rank=2, world_size=2), "rank=2, world_size=2"),
         (dict(world_size=0), "world_size=0"),
         (dict(y=[]), "at least one label"),
@@ -550,6 +551,48 @@ def test_long_tail():
         long_tail(y, float("nan"))
     with pytest.raises(ValueError, match="kind='linear'"):
         long_tail(y, kind="linear")
+
+
+@pytest.mark.parametrize("C", [0, -2, 6])
+def test_balanced_labels_need_a_class_and_a_sample_of_each(C):
+    with pytest.raises(ValueError, match=f"C={C}"):
+        balanced_labels(C, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_long_tail_does_not_depend_on_the_default_dtype(dtype):
+    y = balanced_labels(100, 54_000)
+    want = {kind: long_tail(y, 256, kind) for kind in ("exponential", "step")}
+    torch.set_default_dtype(dtype)
+    try:
+        for kind, kept in want.items():
+            assert torch.equal(long_tail(y, 256, kind), kept)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_draw_of_augmented_images_does_not_depend_on_the_default_dtype(dtype):
+    x = torch.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8).to(torch.uint8)
+    augment = Augment((0.4, 0.5, 0.6), (0.2, 0.2, 0.3), 2, True, 10.0)
+    want = augment(x, torch.Generator().manual_seed(0))
+    torch.set_default_dtype(dtype)
+    try:
+        got = augment(x, torch.Generator().manual_seed(0))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == dtype and torch.allclose(got.float(), want, atol=0.05)
+
+
+def test_data_is_made_on_the_cpu_whatever_the_default_device():
+    y = balanced_labels(10, 500)
+    want, x = long_tail(y), load_data("clusters-10").train[0]
+    torch.set_default_device("meta")
+    try:
+        assert torch.equal(long_tail(y), want) and torch.equal(long_tail(y.tolist()), want)
+        assert torch.equal(load_data("clusters-10").train[0], x)
+    finally:
+        torch.set_default_device(None)
 
 
 # folders ------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastai.tabular.all import CategoryBlock, TabularDataLoaders, tabular_learner
-from fastai.torch_core import set_seed
+from fastai.torch_core import TensorCategory, TensorImage, set_seed
 from fastai.vision.data import ImageDataLoaders
 from fastai.vision.learner import vision_learner
 from PIL import Image
@@ -38,7 +38,11 @@ from torchvision.models import resnet18
 from ngc_etf.agd import AGD
 from ngc_etf.callback import CollapseRecorder, NearestETF
 from ngc_etf.heads import Head, NearestETFHead
+from ngc_etf.losses import nonl, ntce
+from ngc_etf.means import centred_means
+from ngc_etf.metrics import cdnv, cosine_margins, nc1, nc4
 from ngc_etf.simplex import centring
+from ngc_etf.streaming import NeuralCollapse
 
 C = 4
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -52,6 +56,28 @@ def quiet(learn):
     learn.remove_cb(ProgressCallback)
     learn.logger = lambda *a: None
     return learn
+
+
+# ---- a batch by hand
+
+
+def test_fastais_own_tensor_types_meet_every_function():
+    "`dls.one_batch()` outside of a Learner; torch refuses to mix the labels' class and the images'."
+    h, y = torch.randn(12, 6), torch.arange(12) % C
+    images, labels = h.as_subclass(TensorImage), y.as_subclass(TensorCategory)
+
+    def answers(h, y):
+        torch.manual_seed(0)
+        W = torch.randn(C, 6)
+        yield from (nc1(h, y, C), nc4(h, y, W), cosine_margins(h, y, W), cdnv(h, y, C))
+        yield from (ntce(h[:, :C], y), nonl(h[:, :C], y), centred_means(h, y, C)[0])
+        metric = NeuralCollapse(C, 6)
+        metric.update(h, y)
+        yield metric.compute()["nc1"]
+        yield NearestETFHead(6, C)(h, y).detach()
+
+    for got, want in zip(answers(images, labels), answers(h, y)):
+        assert torch.equal(got.as_subclass(torch.Tensor), want)
 
 
 # ---- images in folders

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -241,6 +242,34 @@ def test_the_schedule_of_solves(k):
         W, t = net.head.weight.clone(), net.head.means.t.item()
         net(x, y)
         assert torch.equal(W, net.head.weight) == (i % k != 0) and net.head.means.t == t + 1
+
+
+@pytest.mark.parametrize("N", [64, 1000, 20_000])
+@pytest.mark.parametrize("seed", range(5))
+def test_features_all_alike_leave_the_start_in_batches_of_any_size(N, seed):
+    "A class sum in float32 is off by more than a rounding where the class is large."
+    g = torch.Generator().manual_seed(seed)
+    head, y = NearestETFHead(8, 3), (3 * torch.rand(N, generator=g) ** 4).long()
+    row, W = torch.randn(8, generator=g).requires_grad_(), head.W.clone()
+    F.cross_entropy(head(row.expand(N, 8), y), y).backward()
+    assert torch.allclose(head.W, W, atol=1e-6)
+    assert row.grad.norm() < 1e-3
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_features_norm_is_tau_whatever_torchs_default(default, dtype):
+    "In training as at evaluation, to the rounding of the head's own type."
+    head = StandardHead(5, 3, tau=0.3).to(dtype)
+    h = torch.randn(7, 5, dtype=dtype)
+    torch.set_default_dtype(default)
+    try:
+        norms = [head.train(mode).features(h).norm(dim=1) for mode in (True, False)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for norm in norms:
+        assert norm.dtype == dtype
+        assert (norm - 0.3).abs().max() < 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("Head", HEADS)
@@ -1045,3 +1074,65 @@ def test_functional_calls(Head):
     F.cross_entropy(head(body(x), y), y).backward()
     for name, p in body.named_parameters():
         assert torch.allclose(grads[name], p.grad, atol=1e-6)
+
+
+def test_labels_in_a_list_are_named():
+    h, y = torch.randn(6, 5), [0, 1, 2, 0, 1, 2]
+    with pytest.raises(TypeError, match="labels must be a tensor, got list"):
+        NearestETFHead(5, 3)(h, y)
+    FixedETFHead(5, 3)(h, y)  # which needs none
+
+
+def test_a_whole_number_of_numpys_is_one():
+    a, b = NearestETFHead(5, 3, solve_every=np.int64(2)), NearestETFHead(5, 3, solve_every=2)
+    assert repr(a) == repr(b)
+    y = torch.arange(6) % 3
+    for h in torch.randn(3, 6, 5):
+        assert torch.equal(a(h, y), b(h, y))
+
+
+@pytest.mark.parametrize("options", [{}, {"normalise": False}, {"project_first": False}])
+@pytest.mark.parametrize("size", [1.0, 2.0])
+def test_torch_func_trains_a_standard_head(options, size):
+    "With the parameters as they are, by sample and for several heads at once; nothing is changed in place."
+    def make():
+        torch.manual_seed(0)
+        head = StandardHead(D, C, **options)
+        head.W.data.mul_(size)
+        return head
+
+    def loss(parameters, h, y):
+        return F.cross_entropy(torch.func.functional_call(head, parameters, (h,)), y)
+
+    h, y = torch.randn(N, D), torch.arange(N) % C
+    head, plain = make(), make()
+    parameters, before = dict(head.named_parameters()), head.W.clone()
+    F.cross_entropy(plain(h), y).backward()
+    got = torch.func.grad(loss)(parameters, h, y)["W"]
+    assert torch.allclose(got, plain.W.grad, atol=1e-6) and torch.equal(head.W, before)
+
+    head = make()
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, h[:, None], y[:, None])["W"]
+    assert torch.allclose(each.mean(0), plain.W.grad, atol=1e-6)
+
+    head = make()
+    stacked, buffers = torch.func.stack_module_state([make(), make()])
+    z = torch.func.vmap(lambda *state: torch.func.functional_call(head, state, (h,)))(stacked, buffers)
+    assert torch.allclose(z[1], make()(h), atol=1e-5)
+
+
+@pytest.mark.parametrize("Head", HEADS)
+def test_a_state_is_loaded_where_torch_swaps_tensors(Head):
+    head, y = Head(D, C), torch.arange(N) % C
+    h = torch.randn(N, D)
+    head(h, y)
+    state = copy.deepcopy(head.state_dict())
+    head(2 * h + 1, y)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        head.load_state_dict(state)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    for name, value in head.state_dict().items():
+        assert torch.equal(value, state[name])
+    head(h, y)

@@ -132,6 +132,15 @@ def test_float32_and_device_follow_the_input():
         assert out.dtype == torch.float32 and out.isfinite().all()
 
 
+def test_ddn_vjp_is_exact_under_autocast_and_on_its_own_device():
+    H, U, U_prox, v = (X.float() for X in problem(7, 3))
+    want = ddn_vjp(H, U, U_prox, 0.1, v)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(ddn_vjp(H, U, U_prox, 0.1, v), want)
+    with torch.device("meta"):
+        assert torch.equal(ddn_vjp(H, U, U_prox, 0.1, v), want)
+
+
 def test_double_precision_is_not_lost():
     "Constants such as M̃ are made in the input's precision."
     H, U, U_prox, v = problem(40, 6, delta=1e-3)

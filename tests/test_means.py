@@ -303,3 +303,17 @@ def test_meta_device(batch):
     means = RunningMeans(d, C).to("meta")
     H, h_G = means(h.to("meta"), y.to("meta"))
     assert (H.shape, h_G.shape, H.device.type) == ((d, C), (d,), "meta")
+
+
+@pytest.mark.parametrize("alpha", ["paper", "cumulative", 0.3])
+def test_a_state_moved_to_float64_is_averaged_in_float64(alpha):
+    "Eq. 9's weights, whatever the type that the state was made in."
+    g = torch.Generator().manual_seed(0)
+    batches = [torch.randn(6, 4, generator=g, dtype=torch.float64) for _ in range(3)]
+    y = torch.arange(6) % 3
+    means, want = RunningMeans(4, 3, alpha).double(), 0.0
+    weights = {"paper": (1, 2 / 3, 1 / 2), "cumulative": (1, 1 / 2, 1 / 3), 0.3: (1, 0.3, 0.3)}
+    for h, w in zip(batches, weights[alpha]):
+        means(h, y)
+        want = (1 - w) * want + w * centred_means(h, y, 3)[0]
+    assert torch.allclose(means.H_bar, want, rtol=0, atol=1e-15)

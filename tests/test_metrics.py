@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
 from sklearn.neighbors import NearestCentroid
 from torch import nn
 from torchmetrics import MetricCollection
@@ -742,6 +743,14 @@ def test_hooks_are_called_in_compiled_models():
         assert not model.training
 
 
+def test_complex_numbers_are_refused():
+    W = torch.randn(3, 4) + 1j
+    with pytest.raises(ValueError, match="W must be real, got torch.complex64"):
+        M.nc2(W)
+    with pytest.raises(ValueError, match="h must be real"):
+        M.nc1(W, torch.arange(3), 3)
+
+
 # ---- the floor of the loss
 
 
@@ -810,6 +819,26 @@ def test_a_tiny_floor_keeps_its_digits(tau, relu):
     assert many > cross_entropy_floor(10, tau, relu)
 
 
+@pytest.mark.parametrize("C", [3, 10, 40])
+@pytest.mark.parametrize("tau", [5.0, 30.0, 100.0])
+@pytest.mark.parametrize("factor", [1e4, 1e6, 1e9])
+def test_the_floor_of_one_class_that_is_nearly_all(C, tau, factor):
+    "The rare classes are alike: by symmetry one angle, between them and the frequent class, is all there is."
+    W = simplex_etf(C, dtype=torch.float64).numpy()  # symmetric
+    across = W[1:] - W[1:] @ W[0][:, None] * W[0]
+    across /= np.linalg.norm(across, axis=1, keepdims=True)
+    shares = np.array([factor] + [1.0] * (C - 1)) / (factor + C - 1)
+
+    def loss(angle):
+        h = tau * np.concatenate([W[:1], np.cos(angle) * W[:1] + np.sin(angle) * across])
+        z = (h - shares @ h) @ W
+        return shares @ np.array([np.logaddexp.reduce(row - row[c]) for c, row in enumerate(z)])
+
+    best = minimize_scalar(loss, bounds=(0.0, np.pi), method="bounded", options={"xatol": 1e-12}).fun
+    counts = [factor] + [1] * (C - 1)
+    assert math.isclose(cross_entropy_floor(C, tau, counts=counts), best, rel_tol=1e-8)
+
+
 @pytest.mark.parametrize("C", [2, 3, 10, 100, 1000])
 @pytest.mark.parametrize("factor", [1, 1 + 1e-9, 2, 100, 10_000])
 @pytest.mark.parametrize("tau", [0.5, 5.0, 50.0])
@@ -833,6 +862,7 @@ def test_the_bound_shares_out_the_whole_sum(C, factor, tau):
     [
         (dict(C=1), "C=1"),
         (dict(C=10, tau=0), "tau=0"),
+        (dict(C=10, tau=math.inf), "tau=inf"),
         (dict(C=3, counts=[1, 2]), "counts must hold 3 positive numbers"),
         (dict(C=3, counts=[1, 2, 0]), "counts must hold 3 positive numbers"),
         (dict(C=2, counts=[1, math.nan]), "counts must hold 2 positive numbers"),
