@@ -9,6 +9,7 @@ __all__ = ['as_markdown', 'as_html', 'as_latex']
 import base64
 import html
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ def as_html(
     table:pd.DataFrame, # cells are `Cell`s, words or numbers
 )->str:
     "A table as HTML; cells that were not run are marked, and so are outcomes."
-    text = _words(table).to_html(index=False, border=0)
+    text = re.sub(r"\n +", "\n", _words(table).to_html(index=False, border=0))
     for word, kind in _MARKED.items():
         text = text.replace(f"<td>{word}</td>", f'<td class="{kind}">{word}</td>')
     return text
