@@ -200,6 +200,8 @@ class _SmoothLoss(AvgSmoothLoss):
         loss = learn.loss.detach().mean()
         self.val = torch.lerp(loss, self.val.to(loss), self.beta)
 
+# %% ../nbs/11d_loops.ipynb #c022
+#| code-fold: true
 def _learner(exp, rows, data, dls, device, compile, world_size):
     "The Learner of an experiment, its optimiser made; it trains `net`, which several processes wrap."
     net = network(exp, data.C, device)
@@ -232,7 +234,7 @@ def _restore(learn, net, loaders, state):
     for name, loader in loaders.items():
         loader.load_state_dict(state["loader"][name])
 
-# %% ../nbs/11d_loops.ipynb #c022
+# %% ../nbs/11d_loops.ipynb #c023
 #| code-fold: true
 def _run_images(rows, data, device="cpu", progress=True, workers=None, compile=False, cbs=(), rank=0,
                 world_size=1, deadline=None):
