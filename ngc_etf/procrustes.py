@@ -15,7 +15,7 @@ from torch.library import Library, register_fake, register_vmap
 
 from .lapack import eigh
 from .means import _need_tensor, at_least_float32
-from .solvers import _SOLVE, _answer, _exact, _eye_like, _negligible
+from .solvers import _SOLVE, _answer, _exact, _eye_like, _negligible, _plus, _Replay
 
 # %% ../nbs/03b_procrustes.ipynb #c009
 def polar_vjp(
@@ -51,12 +51,12 @@ def _polar_vjp_products(
     R = _cholesky_inverse(S + p*eye)
     A, Y = eye - 2*p*R, 2*p * R @ (Utv - Utv.mT) @ R
     for _ in range(_SQUARINGS[S.dtype]):
-        Y, A = Y + A @ Y @ A, A @ A
+        Y, A = _plus(Y, A @ Y, A), A @ A
     Y = (Y - Y.mT) / 2
     if U.shape[-2] == U.shape[-1]: return U @ Y
     S_inv = _cholesky_inverse(S + 10*torch.finfo(S.dtype).eps*size*eye)
     for _ in range(5):
-        S_inv = S_inv @ (2*eye - S @ S_inv)
+        S_inv = S_inv @ _plus(eye, S, S_inv, 2., -1.)
     return v @ S_inv + U @ (Y - Utv @ S_inv)
 
 # %% ../nbs/03b_procrustes.ipynb #c015
@@ -98,13 +98,18 @@ def _polar_kernel(P, solver, start, validate):
     return U.contiguous(), s.contiguous(), V.contiguous()
 
 # %% ../nbs/03b_procrustes.ipynb #c020
+def _from_frames(P, U, v):
+    S = U.mT @ P
+    return _polar_vjp_products(U, (S + S.mT) / 2, v)
+
+_by_products = _Replay(_from_frames)
+
 def _derivative_kernel(P, U, s, V, v):
     "D_P(v); empty s and V mean that they have to be found, or done without."
     with _exact(U):
         if s.shape[-1]: return polar_vjp(U, s, V, v)
         if P.device.type == "cpu": return polar_vjp(U, *_spectrum(P, U), v)
-        S = U.mT @ P
-        return _polar_vjp_products(U, (S + S.mT) / 2, v)
+        return _by_products(P, U, v)
 
 def _product_kernel(A, B):
     "AB in full precision, whatever autocast or TF32 would make of it."

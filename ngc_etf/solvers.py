@@ -6,7 +6,9 @@
 __all__ = []
 
 # %% ../nbs/03a_solvers.ipynb #c003
-from contextlib import contextmanager
+import threading
+from collections import OrderedDict
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from math import isfinite
 
@@ -71,24 +73,91 @@ def _scales(kappa, low=.2):
 # %% ../nbs/03a_solvers.ipynb #c018
 _KAPPA = {torch.float32: 1e6, torch.float64: 1e10}
 
+def _plus(S, A, B, beta=1., alpha=1.):
+    "βS + αAB, in one pass where there is one matrix of each or a plain stack."
+    if A.ndim > 3: return beta*S + alpha * (A @ B)
+    return (torch.addmm if A.ndim == 2 else torch.baddbmm)(S, A, B, beta=beta, alpha=alpha)
+
+def _after_schedule(P, kappa):
+    "P after the steps that bring its singular values to 1 if its condition is at most kappa."
+    eye = _eye_like(P)
+    X = P / torch.linalg.matrix_norm(P, keepdim=True)
+    X = X / torch.linalg.matrix_norm(X.mT @ X, keepdim=True).sqrt()
+    for rho in _scales(kappa * P.shape[-1]**.25):
+        X = X @ _plus(eye, X.mT, X, 1.5*rho, -.5*rho**3)
+    return X
+
+# %% ../nbs/03a_solvers.ipynb #c020
+#| code-fold: true
+_BUSY = 2**20  # entries from which on products take a GPU longer than their launches take the host
+
+class _Replay:
+    "A function of tensors that waits for no device; a GPU records it for the sizes that recur, and replays."
+    def __init__(self, function, keep=16):
+        self.function, self.keep = function, keep
+        self.known:OrderedDict = OrderedDict()  # kind of input: times it came, then what was recorded of it
+        self.lock = threading.Lock()
+
+    def __call__(self, *given):
+        if not self._may(given[0]): return self.function(*given)
+        key = self._stream(given[0]), *((X.device, X.dtype, X.shape) for X in given)
+        with self.lock:
+            recorded = self._recorded(key, given)
+            if recorded is None: return self.function(*given)
+            graph, inputs, result = recorded
+            torch._foreach_copy_(inputs, list(given))
+            graph.replay()
+            return result.clone()
+
+    def _recorded(self, key, given):
+        "The recording for this kind of input; None the first two times, and where it cannot be recorded."
+        found = self.known.setdefault(key, 0)
+        self.known.move_to_end(key)
+        if not isinstance(found, int): return found
+        self.known[key] = found + 1
+        if found == 2:
+            self._forget()
+            with suppress(RuntimeError):
+                self.known[key] = self._record(given)
+        return None if isinstance(self.known[key], int) else self.known[key]
+
+    def _forget(self):
+        "Drop the kinds that came longest ago."
+        if len(self.known) > self.keep:
+            torch.cuda.synchronize()
+        while len(self.known) > self.keep:
+            self.known.popitem(last=False)
+
+    def _may(self, X):
+        return X.is_cuda and X.numel() < _BUSY and not torch.cuda.is_current_stream_capturing()
+
+    def _stream(self, X):
+        return torch.cuda.current_stream(X.device).cuda_stream
+
+    def _record(self, given):
+        "A graph, the tensors that it reads, and the tensor that it writes."
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(given[0].device):
+            inputs, graph = [X.clone() for X in given], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                result = self.function(*inputs)
+        return graph, inputs, result
+
+# %% ../nbs/03a_solvers.ipynb #c023
 def _deferred(P):
     "Whether reading a number of P's device would stall it."
     return P.is_cuda
 
+_whole_schedule = _Replay(lambda P: _after_schedule(P, _KAPPA[P.dtype]))
+
 def _newton_schulz(P):
-    eye = _eye_like(P)
-    X = P / torch.linalg.matrix_norm(P, keepdim=True)
-    X = X / torch.linalg.matrix_norm(X.mT @ X, keepdim=True).sqrt()
-    bounds = [_KAPPA[P.dtype]] if _deferred(P) else [1e3, _KAPPA[P.dtype]]
-    for kappa in bounds:
-        for rho in _scales(kappa * P.shape[-1]**.25):
-            X = X @ (1.5*rho*eye - .5*rho**3 * (X.mT @ X))
-        if _deferred(P): return X, None, None
-        error = (X.mT @ X - eye).abs().max()
+    if _deferred(P): return _whole_schedule(P), None, None
+    for kappa in (1e3, _KAPPA[P.dtype]):
+        X = _after_schedule(P, kappa)
+        error = (X.mT @ X - _eye_like(P)).abs().max()
         if error < 100*torch.finfo(P.dtype).eps: return X, None, None
     raise RuntimeError(f"newton_schulz did not converge: X'X - I is {error:.1e}")
 
-# %% ../nbs/03a_solvers.ipynb #c022
+# %% ../nbs/03a_solvers.ipynb #c027
 def _negligible(s, d):
     "The singular value below which a direction of a (d, C) matrix is rounding; shape (..., 1)."
     return s.amax(-1, keepdim=True) * 10 * torch.finfo(s.dtype).eps * d**.5
@@ -110,7 +179,7 @@ def _complete(P, start):
     U = seen @ Vh[:r] + Z @ V0.mT
     return tuple(X.to(P) for X in (U, s, Vh.mT))
 
-# %% ../nbs/03a_solvers.ipynb #c025
+# %% ../nbs/03a_solvers.ipynb #c030
 _SMALL = 6e6
 
 @lru_cache
@@ -118,7 +187,7 @@ def _matmuls():
     backends = (torch.backends.cuda, torch.backends.mkldnn)
     return [b.matmul for b in backends if hasattr(getattr(b, "matmul", None), "fp32_precision")]
 
-# %% ../nbs/03a_solvers.ipynb #c026
+# %% ../nbs/03a_solvers.ipynb #c031
 @contextmanager
 def _exact(P):
     "Full precision for work on P: no autocast, no TF32 or bfloat16 inside float32. One thread if P is small."
@@ -143,7 +212,7 @@ def _exact(P):
         if legacy:
             torch.set_float32_matmul_precision(legacy)
 
-# %% ../nbs/03a_solvers.ipynb #c029
+# %% ../nbs/03a_solvers.ipynb #c034
 _SOLVE = {"svd": _svd, "gram": _gram, "newton_schulz": _newton_schulz, "polar": _linalg_polar}
 _AUTO = {"cpu": "gram", "cuda": "newton_schulz"}  # by device; `ngc_cost solver` measures it
 
@@ -162,7 +231,7 @@ def _solve(P, solver="auto"):
         _warn_once(name, f"solver {name!r} failed on a {tuple(P.shape)} problem ({reason}); trying the next")
     raise RuntimeError(f"no solver could find the polar factor of a {tuple(P.shape)} matrix")
 
-# %% ../nbs/03a_solvers.ipynb #c033
+# %% ../nbs/03a_solvers.ipynb #c038
 _late = ValueCheck()
 
 def _check_finite(**tensors):
@@ -189,7 +258,7 @@ def _check_result(P, U):
     error = (U.mT @ U - _eye_like(U)).abs().max()
     _late((error < 1e-3) | ~P.isfinite().all(), "newton_schulz did not converge", then=_use_gram)
 
-# %% ../nbs/03a_solvers.ipynb #c036
+# %% ../nbs/03a_solvers.ipynb #c041
 def _answer(P, solver, start, validate):
     "(U, s, V) of P, which is checked; `start` completes problem (6), or is the answer, given."
     _check_entries(P, start, validate)

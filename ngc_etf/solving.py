@@ -76,7 +76,7 @@ def _(H, U_prox, done, delta, every, solver, solve_first=True):
     return H.new_empty(H.shape), H.new_empty(H.shape)
 
 # %% ../nbs/04e_solving.ipynb #c016
-@torch.library.custom_op("ngc_etf::solve_or_hold_vjp", mutates_args=())
+@torch.library.custom_op("ngc_etf::solve_or_hold_vjp", mutates_args=(), **_on_the_host)
 def _solve_or_hold_vjp(U:Tensor, P:Tensor, v:Tensor)->Tensor:
     "dL/dP (d, C) for v = dL/dU."
     if not P.any(): return torch.zeros_like(U)
