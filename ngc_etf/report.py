@@ -34,8 +34,8 @@ _CAPTION = (
     "there nearest-no-ddn stands beside it."
 )
 _CAPTION_3 = (
-    "Gigabytes: the paper's as a GPU reports them, ours counted from tensors; the last column is one dense "
-    "constraint Jacobian."
+    "Gigabytes: the paper's as a GPU reports them, ours counted from tensors, and what a GPU's "
+    "allocator had in use at most; the last column is one dense constraint Jacobian."
 )
 _LEADERS = "The methods by their median top-1, best first, and the paper's order where it is another."
 

@@ -215,19 +215,26 @@ def _read_cost(folder, command):
     files = sorted(Path(folder).glob(f"cost/{command}-*.csv"))
     return pd.concat([pd.read_csv(f) for f in files], ignore_index=True) if files else pd.DataFrame()
 
+_GB = ["gb", "dense_gb", "gpu_gb"]
+_OURS_3 = {"ours": "gb", "on a GPU": "gpu_gb"}
+
+def _gb(here, method, column):
+    "Three digits of a number of gigabytes; None where there are no rows."
+    there = method in here.index and not pd.isna(here[column][method])
+    return f"{here[column][method]:.3g}" if there else None
+
 def memory_table(
-    cost:pd.DataFrame, # rows of `ngc_cost memory`: cell, method, gb, dense_gb
+    cost:pd.DataFrame, # rows of `ngc_cost memory`: cell, method, gb, dense_gb, on a GPU also gpu_gb
 )->pd.DataFrame:       # the paper's eight rows
-    "Table 3: gigabytes in training, counted, beside the paper's."
-    if cost.empty:
-        cost = pd.DataFrame(columns=["cell", "method", "gb", "dense_gb"])
+    "Table 3: gigabytes in training, counted and as a GPU had them in use, beside the paper's."
+    cost = cost.reindex(columns=["cell", "method", *_GB])
     out = []
     for e, *theirs in map(str.split, TABLE_3.strip().splitlines()):
         line = {"model": _title(e)}
-        here = cost[cost.cell == e].groupby("method")[["gb", "dense_gb"]].median()
+        here = cost[cost.cell == e].groupby("method")[_GB].median()
         for (method, words), paper in zip(_HEADS_3.items(), theirs):
             line[f"{words}, paper"] = paper
-            line[f"{words}, ours"] = f"{here.gb[method]:.3g}" if method in here.index else None
-        line["dense A"] = f"{here.dense_gb['nearest']:.3g}" if "nearest" in here.index else None
+            line |= {f"{words}, {name}": _gb(here, method, column) for name, column in _OURS_3.items()}
+        line["dense A"] = _gb(here, "nearest", "dense_gb")
         out.append(line)
     return pd.DataFrame(out, dtype=object)
