@@ -479,3 +479,20 @@ def test_large_float32():
         U = nearest_etf(H, U_prox, solver=solver)
         assert (U - reference).norm() < 1e-3
         assert (U.T @ U - torch.eye(1000)).abs().max() < 1e-5
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(512, 10), (2048, 100)])
+def test_a_recording_is_the_same_to_the_last_bit(size, dtype):
+    "Solver and gradient launched one by one, then replayed; a result that was kept is not written over."
+    H, U_prox = (X.to("cuda", dtype) for X in (means(*size), haar(*size)))
+    H.requires_grad_()
+    results = []
+    for _ in range(5):
+        U = nearest_etf(H, U_prox)
+        results.append((U.detach(), torch.autograd.grad(U.sum(), H)[0]))
+    recorded = [v for f in (solvers._whole_schedule, procrustes._by_products) for v in f.known.values()]
+    assert sum(not isinstance(v, int) for v in recorded) >= 2
+    nearest_etf(-H.detach(), U_prox)
+    assert all(torch.equal(a, b) for later in results[1:] for a, b in zip(results[0], later))
