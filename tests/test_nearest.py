@@ -1,8 +1,10 @@
 """The grid behind chapter 03: solvers x shapes x dtypes x conditions, with SciPy as the outside reference."""
 
+import inspect
 import subprocess
 import sys
 import warnings
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -479,6 +481,38 @@ def test_large_float32():
         U = nearest_etf(H, U_prox, solver=solver)
         assert (U - reference).norm() < 1e-3
         assert (U.T @ U - torch.eye(1000)).abs().max() < 1e-5
+
+
+def test_a_recording_is_made_aside_and_leaves_the_stream_as_it_was(monkeypatch):
+    "torch's own signatures without its GPU: what is called, on which stream, in which order."
+    log, streams = [], ["default"]
+
+    class Stream:
+        def __init__(self, device=None, priority=0):
+            self.device, self.name = device, "aside"
+
+    default = Stream("cuda:0")
+    default.name = "default"
+
+    @contextmanager
+    def on(stream):
+        streams.append(stream.name)
+        yield
+        streams.pop()
+
+    @contextmanager
+    def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
+        log.append((stream.name, stream.device, capture_error_mode, streams[-1]))
+        yield
+
+    assert {"stream", "capture_error_mode"} <= {*inspect.signature(torch.cuda.graph.__init__).parameters}
+    for name, fake in {"Stream": Stream, "stream": on, "graph": graph, "CUDAGraph": object}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: default)
+    X = torch.randn(4, 3)
+    _, (given,), result = solvers._recording(lambda x: x @ x.T, (X,))
+    assert log == [("aside", "cuda:0", "thread_local", "default")] and streams == ["default"]
+    assert torch.equal(given, X) and given is not X and torch.equal(result, X @ X.T)
 
 
 @pytest.mark.cuda
