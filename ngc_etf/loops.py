@@ -195,6 +195,7 @@ class Record(_Watch):
 #| code-fold: true
 class _SmoothLoss(AvgSmoothLoss):
     "The smooth average of the losses, on their device."
+    val:torch.Tensor
     def accumulate(self, learn):
         self.count += 1
         loss = learn.loss.detach().mean()
