@@ -124,7 +124,8 @@ class _Replay:
             recorded = self._recorded(key, given)
             if recorded is None: return self.function(*given)
             graph, inputs, result = recorded
-            torch._foreach_copy_(inputs, list(given))
+            with torch.no_grad():
+                torch._foreach_copy_(inputs, list(given))
             graph.replay()
             return result.clone()
 
