@@ -73,7 +73,10 @@ def _png(fig, scale=1):
     large, small = io.BytesIO(), io.BytesIO()
     fig.savefig(large, format="png", dpi=scale*_DPI)
     fig.set_layout_engine("none")  # the layout is done, and is slow
-    Image.open(large).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    octree, none = Image.Quantize.FASTOCTREE, Image.Dither.NONE  # which keeps thin lines' own colours
+    picture = Image.open(large).convert("RGB").quantize(64, octree, dither=none)
+    picture.putpalette([v + (v == 254) for v in picture.getpalette() or []])  # white stays white
+    picture.save(small, "png", optimize=True)
     return small.getvalue()
 
 def _svg(fig):
