@@ -15,7 +15,8 @@ from torch.library import Library, register_fake, register_vmap
 
 from .lapack import eigh
 from .means import _need_tensor, at_least_float32
-from .solvers import _SOLVE, _answer, _exact, _eye_like, _negligible, _plus, _Replay
+from .replay import _Replay
+from .solvers import _SOLVE, _answer, _exact, _eye_like, _negligible, _plus
 
 # %% ../nbs/03b_procrustes.ipynb #c009
 def polar_vjp(

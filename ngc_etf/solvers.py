@@ -6,9 +6,7 @@
 __all__ = []
 
 # %% ../nbs/03a_solvers.ipynb #c003
-import threading
-from collections import OrderedDict
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache
 from math import isfinite
 
@@ -16,6 +14,7 @@ import torch
 
 from .lapack import _warn_once, eigh, qr, svd
 from .means import ValueCheck, _no_autocast
+from .replay import _Replay
 
 # %% ../nbs/03a_solvers.ipynb #c008
 def _svd(P):
@@ -88,67 +87,6 @@ def _after_schedule(P, kappa):
     return X
 
 # %% ../nbs/03a_solvers.ipynb #c020
-#| code-fold: true
-_BUSY = 2**20  # entries from which on products take a GPU longer than their launches take the host
-
-def _may_be_recorded(X):
-    "Not on other streams: there somebody else may be recording, or preparing to with memory of his own."
-    if not X.is_cuda or X.numel() >= _BUSY: return False
-    return torch.cuda.current_stream(X.device) == torch.cuda.default_stream(X.device)
-
-def _recording(function, given):
-    "A graph, the tensors that it reads, and the tensor that it writes."
-    here = torch.cuda.default_stream(given[0].device)  # and here again, should the recording fail
-    with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(here):
-        inputs, graph = [X.clone() for X in given], torch.cuda.CUDAGraph()
-        aside = torch.cuda.Stream(here.device)
-        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-            result = function(*inputs)
-    return graph, inputs, result
-
-# %% ../nbs/03a_solvers.ipynb #c021
-#| code-fold: true
-class _Replay:
-    "A function of tensors that waits for no device; a GPU records it for the sizes that recur, and replays."
-    _may, _record = staticmethod(_may_be_recorded), staticmethod(_recording)
-
-    def __init__(self, function, keep=16):
-        self.function, self.keep = function, keep
-        self.known:OrderedDict = OrderedDict()  # kind of input: times it came, then what was recorded of it
-        self.lock = threading.Lock()
-
-    def __call__(self, *given):
-        if not self._may(given[0]): return self.function(*given)
-        key = tuple((X.device, X.dtype, X.shape) for X in given)
-        with self.lock:
-            recorded = self._recorded(key, given)
-            if recorded is None: return self.function(*given)
-            graph, inputs, result = recorded
-            with torch.no_grad():
-                torch._foreach_copy_(inputs, list(given))
-            graph.replay()
-            return result.clone()
-
-    def _recorded(self, key, given):
-        "The recording for this kind of input; None the first two times, and where it cannot be recorded."
-        found = self.known.setdefault(key, 0)
-        self.known.move_to_end(key)
-        if not isinstance(found, int): return found
-        self.known[key] = found + 1
-        if found == 2:
-            self._forget()
-            with suppress(Exception):
-                self.known[key] = self._record(self.function, given)
-        return None if isinstance(self.known[key], int) else self.known[key]
-
-    def _forget(self):
-        "Drop the kinds that came longest ago, when no replay of them is under way."
-        if len(self.known) > self.keep and torch.cuda.is_available():
-            torch.cuda.synchronize()
-        while len(self.known) > self.keep:
-            self.known.popitem(last=False)
-
-# %% ../nbs/03a_solvers.ipynb #c024
 def _deferred(P):
     "Whether reading a number of P's device would stall it."
     return P.is_cuda
@@ -163,7 +101,7 @@ def _newton_schulz(P):
         if error < 100*torch.finfo(P.dtype).eps: return X, None, None
     raise RuntimeError(f"newton_schulz did not converge: X'X - I is {error:.1e}")
 
-# %% ../nbs/03a_solvers.ipynb #c028
+# %% ../nbs/03a_solvers.ipynb #c024
 def _negligible(s, d):
     "The singular value below which a direction of a (d, C) matrix is rounding; shape (..., 1)."
     return s.amax(-1, keepdim=True) * 10 * torch.finfo(s.dtype).eps * d**.5
@@ -185,7 +123,7 @@ def _complete(P, start):
     U = seen @ Vh[:r] + Z @ V0.mT
     return tuple(X.to(P) for X in (U, s, Vh.mT))
 
-# %% ../nbs/03a_solvers.ipynb #c031
+# %% ../nbs/03a_solvers.ipynb #c027
 _SMALL = 6e6
 
 @lru_cache
@@ -193,7 +131,7 @@ def _matmuls():
     backends = (torch.backends.cuda, torch.backends.mkldnn)
     return [b.matmul for b in backends if hasattr(getattr(b, "matmul", None), "fp32_precision")]
 
-# %% ../nbs/03a_solvers.ipynb #c032
+# %% ../nbs/03a_solvers.ipynb #c028
 @contextmanager
 def _exact(P):
     "Full precision for work on P: no autocast, no TF32 or bfloat16 inside float32. One thread if P is small."
@@ -218,7 +156,7 @@ def _exact(P):
         if legacy:
             torch.set_float32_matmul_precision(legacy)
 
-# %% ../nbs/03a_solvers.ipynb #c035
+# %% ../nbs/03a_solvers.ipynb #c031
 _SOLVE = {"svd": _svd, "gram": _gram, "newton_schulz": _newton_schulz, "polar": _linalg_polar}
 _AUTO = {"cpu": "gram", "cuda": "newton_schulz"}  # by device; `ngc_cost solver` measures it
 
@@ -237,7 +175,7 @@ def _solve(P, solver="auto"):
         _warn_once(name, f"solver {name!r} failed on a {tuple(P.shape)} problem ({reason}); trying the next")
     raise RuntimeError(f"no solver could find the polar factor of a {tuple(P.shape)} matrix")
 
-# %% ../nbs/03a_solvers.ipynb #c039
+# %% ../nbs/03a_solvers.ipynb #c035
 _late = ValueCheck()
 
 def _check_finite(**tensors):
@@ -264,7 +202,7 @@ def _check_result(P, U):
     error = (U.mT @ U - _eye_like(U)).abs().max()
     _late((error < 1e-3) | ~P.isfinite().all(), "newton_schulz did not converge", then=_use_gram)
 
-# %% ../nbs/03a_solvers.ipynb #c042
+# %% ../nbs/03a_solvers.ipynb #c038
 def _answer(P, solver, start, validate):
     "(U, s, V) of P, which is checked; `start` completes problem (6), or is the answer, given."
     _check_entries(P, start, validate)

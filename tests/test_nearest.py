@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from threadpoolctl import threadpool_limits
 
-from ngc_etf import lapack, procrustes, solvers
+from ngc_etf import lapack, procrustes, replay, solvers
 from ngc_etf.means import ValueCheck
 from ngc_etf.nearest import SOLVERS, nearest_etf
 from ngc_etf.procrustes import polar, polar_vjp
@@ -510,7 +510,7 @@ def test_a_recording_is_made_aside_and_leaves_the_stream_as_it_was(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: default)
     X = torch.randn(4, 3)
-    _, (given,), result = solvers._recording(lambda x: x @ x.T, (X,))
+    _, (given,), result = replay._recording(lambda x: x @ x.T, (X,))
     assert log == [("aside", "cuda:0", "thread_local", "default")] and streams == ["default"]
     assert torch.equal(given, X) and given is not X and torch.equal(result, X @ X.T)
 
